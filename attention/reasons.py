@@ -1,0 +1,57 @@
+"""Why a call ran exactly: stable machine names, shared by plugin, server and page.
+
+A *gate* means the variant was not due for the call; a *fallback* means it was due and exact
+attention ran instead. Prose for people lies beside each name and nowhere else.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Gate(str, Enum):
+    """A rule that kept the variant from a call."""
+
+    DISABLED = "disabled"
+    BELOW_MIN_TOKENS = "below_min_tokens"
+    SIGMA_ABOVE_MAX = "sigma_above_max"
+    SIGMA_UNKNOWN = "sigma_unknown"
+    LAYER_OUTSIDE_RANGE = "layer_outside_range"
+    LAYER_UNKNOWN = "layer_unknown"
+    BLOCK_TYPE = "block_type"
+    CROSS_ATTENTION = "cross_attention"
+
+
+class Fallback(str, Enum):
+    """What made a variant that was due give way to exact attention."""
+
+    DENOMINATOR = "denominator"
+    NON_FINITE = "non_finite"
+    FEATURE_DIM = "feature_dim"
+    HEAD_DIM = "head_dim"
+    MASK = "mask"
+    LAYOUT = "layout"
+    UNKNOWN_ARGUMENT = "unknown_argument"
+    OUT_OF_MEMORY = "out_of_memory"
+    ERROR = "error"
+
+
+DESCRIPTIONS: dict[str, str] = {
+    Gate.DISABLED.value: "The variant is switched off.",
+    Gate.BELOW_MIN_TOKENS.value: "Fewer tokens than min_tokens.",
+    Gate.SIGMA_ABOVE_MAX.value: "The step's sigma lies above the sigma gate.",
+    Gate.SIGMA_UNKNOWN.value: "A sigma gate is set and the call does not say its sigma.",
+    Gate.LAYER_OUTSIDE_RANGE.value: "The block index lies outside the layer range.",
+    Gate.LAYER_UNKNOWN.value: "A layer gate is set and the call does not say its block.",
+    Gate.BLOCK_TYPE.value: "The block is not of the chosen type.",
+    Gate.CROSS_ATTENTION.value: "Query and key lengths differ and cross attention is off.",
+    Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
+    Fallback.NON_FINITE.value: "The output held NaN or infinity.",
+    Fallback.FEATURE_DIM.value: "The feature dimension R exceeds max_feature_dim_R.",
+    Fallback.HEAD_DIM.value: "The head dimension exceeds max_head_dim.",
+    Fallback.MASK.value: "The variant can't apply this kind of mask.",
+    Fallback.LAYOUT.value: "The tensors' shapes are not of a layout that the variant knows.",
+    Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",
+    Fallback.OUT_OF_MEMORY.value: "There was not enough memory for the variant.",
+    Fallback.ERROR.value: "The variant raised an error.",
+}

@@ -1,0 +1,11 @@
+"""The variants by name. Adding one takes its folder, its settings and a line here."""
+
+from __future__ import annotations
+
+from .exact import ExactVariant
+from .taylor.variant import TaylorVariant
+from .variant import Variant
+
+VARIANTS: dict[str, type[Variant]] = {
+    variant.name: variant for variant in (ExactVariant, TaylorVariant)
+}

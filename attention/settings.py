@@ -1,0 +1,271 @@
+"""Every setting of every variant, defined once.
+
+The nodes' inputs, the REST schema, the form in the page and the check of a pushed revision are
+all generated from these models. The module imports neither torch nor ComfyUI.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Group(str, Enum):
+    """The part of the form in which a setting stands."""
+
+    GATE = "gate"
+    SCALE = "scale"
+    APPROXIMATION = "approximation"
+    STABILITY = "stability"
+    MEMORY = "memory"
+    QUALITY = "quality"
+    TRAINING = "training"
+
+
+GROUP_TITLES: dict[Group, str] = {
+    Group.GATE: "Gates: where the variant runs",
+    Group.SCALE: "Scale: shaping of query and key",
+    Group.APPROXIMATION: "Approximation",
+    Group.STABILITY: "Stability and fallback",
+    Group.MEMORY: "Memory",
+    Group.QUALITY: "Quality measurement",
+    Group.TRAINING: "Training",
+}
+
+
+def setting(
+    default: Any,
+    group: Group,
+    help: str,
+    *,
+    title: str | None = None,
+    unit: str = "",
+    live: bool = True,
+    step: float | None = None,
+    advanced: bool = False,
+    **limits: Any,
+) -> Any:
+    """Declare one setting.
+
+    Args:
+        default: value of a fresh node.
+        group: part of the form.
+        help: what it does, and what to expect of its extremes; shown as the form's help.
+        title: label; the name with blanks where left out.
+        unit: unit of the value ("tokens", "sigma"), empty for a plain number.
+        live: whether a running sampler can take it up between two steps; otherwise it waits for
+            the next run.
+        step: increment of the form's and the node's spinner.
+        advanced: folded away at first.
+        limits: pydantic's own limits (``ge``, ``le``, ``gt``, ``lt``).
+    """
+    extra: dict[str, Any] = {
+        "group": group.value,
+        "unit": unit,
+        "live": live,
+        "advanced": advanced,
+    }
+    if step is not None:
+        extra["step"] = step
+    return Field(default, title=title, description=help, json_schema_extra=extra, **limits)
+
+
+class VariantSettings(BaseModel):
+    """Base of a variant's settings: unknown names are errors and instances never change."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+    @classmethod
+    def live_names(cls) -> frozenset[str]:
+        """Names of the settings that a running sampler can take up."""
+        return frozenset(
+            name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["live"]
+        )
+
+    def changed_from(self, other: VariantSettings) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ, as ``{name: (value in other, value in self)}``."""
+        before, after = other.model_dump(mode="json"), self.model_dump(mode="json")
+        return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+
+
+class _Measured(VariantSettings):
+    """What every variant measures besides its own output."""
+
+    quality_samples: int = setting(
+        16,
+        Group.QUALITY,
+        "Queries sampled per call for quality and q·k statistics. More cost more time and give "
+        "steadier figures; 0 measures nothing.",
+        unit="queries",
+        ge=0,
+        le=1024,
+    )
+    quality_every: int = setting(
+        1,
+        Group.QUALITY,
+        "Measure at every n-th step only.",
+        unit="steps",
+        ge=1,
+        le=1000,
+    )
+    quality_seed: int = setting(
+        0,
+        Group.QUALITY,
+        "Seed of the sampled queries. It stays fixed during a run, so that steps compare.",
+        live=False,
+        advanced=True,
+        ge=0,
+        le=2**31 - 1,
+    )
+
+
+class MonitorSettings(_Measured):
+    """Exact attention, watched: timing and q·k statistics, nothing changed."""
+
+
+class TaylorSettings(_Measured):
+    """Taylor attention: the exponential as a truncated power series over unique monomials."""
+
+    enabled: bool = setting(True, Group.GATE, "Off runs exact attention everywhere.")
+    min_tokens: int = setting(
+        100,
+        Group.GATE,
+        "Calls with fewer query or key tokens run exact attention.",
+        unit="tokens",
+        ge=0,
+        le=1_000_000,
+        step=1,
+    )
+    taylor_sigma_max: float = setting(
+        0.0,
+        Group.GATE,
+        "Run only at steps whose sigma is at most this. 0 sets no limit. Early steps (high sigma) "
+        "lay out the picture, late ones add detail.",
+        title="sigma max",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    taylor_layer_start: int = setting(
+        -1,
+        Group.GATE,
+        "First block index at which to run, counted within its block type. -1 sets no limit.",
+        title="layer start",
+        unit="block",
+        ge=-1,
+        le=999,
+    )
+    taylor_layer_end: int = setting(
+        -1,
+        Group.GATE,
+        "Last block index at which to run, inclusive. -1 sets no limit.",
+        title="layer end",
+        unit="block",
+        ge=-1,
+        le=999,
+    )
+    taylor_block_type: Literal["all", "double", "single"] = setting(
+        "all", Group.GATE, "Kind of block in which to run.", title="block type"
+    )
+    allow_cross_attention: bool = setting(
+        True, Group.GATE, "Run also where query and key lengths differ.", advanced=True
+    )
+
+    scale_mul: float = setting(
+        1.0,
+        Group.SCALE,
+        "Factor on q·k before the expansion. Below 1 it keeps the series in its range and makes "
+        "attention softer: it changes the operator.",
+        ge=0.01,
+        le=4.0,
+        step=0.01,
+    )
+
+    P: int = setting(
+        3,
+        Group.APPROXIMATION,
+        "Number of Taylor terms; the degree is P - 1. Odd P (even degree) keeps every weight "
+        "positive; even P can turn denominators negative. Cost grows as head_dim^(P-1).",
+        title="P (terms)",
+        unit="terms",
+        ge=1,
+        le=8,
+    )
+
+    eps: float = setting(
+        1e-6,
+        Group.STABILITY,
+        "A denominator at or below eps times the number of keys counts as bad.",
+        gt=0.0,
+        le=1.0,
+        step=1e-6,
+        advanced=True,
+    )
+    fallback_on_negative: bool = setting(
+        True,
+        Group.STABILITY,
+        "Run exact attention for a call whose share of bad denominators exceeds the limit. Off "
+        "clamps them to eps: the picture can break.",
+    )
+    denom_fallback_frac_limit: float = setting(
+        0.0,
+        Group.STABILITY,
+        "Share of bad denominators that is still tolerated before a call falls back.",
+        unit="share",
+        ge=0.0,
+        le=1.0,
+        step=0.001,
+    )
+    max_head_dim: int = setting(
+        128,
+        Group.STABILITY,
+        "Calls with a larger head dimension run exact attention.",
+        unit="channels",
+        ge=1,
+        le=1024,
+        advanced=True,
+    )
+
+    max_feature_dim_R: int = setting(
+        370_000,
+        Group.MEMORY,
+        "Calls whose feature dimension R = C(head_dim + P - 1, P - 1) is larger run exact.",
+        title="max feature dim R",
+        unit="features",
+        ge=1,
+        le=1_000_000_000,
+    )
+    block_size_q: int = setting(
+        256, Group.MEMORY, "Queries per block.", unit="tokens", ge=1, le=65_536, advanced=True
+    )
+    block_size_k: int = setting(
+        256, Group.MEMORY, "Keys per block.", unit="tokens", ge=1, le=65_536, advanced=True
+    )
+
+
+SETTINGS: dict[str, type[VariantSettings]] = {
+    "exact": MonitorSettings,
+    "taylor": TaylorSettings,
+}
+"""Settings model of each variant, by the variant's name."""
+
+
+def settings_model(variant: str) -> type[VariantSettings]:
+    """The settings model of a variant.
+
+    Raises:
+        KeyError: the variant is unknown; the message names those that are known.
+    """
+    try:
+        return SETTINGS[variant]
+    except KeyError:
+        raise KeyError(
+            f"variant: unknown value {variant!r}; allowed: {', '.join(sorted(SETTINGS))}"
+        ) from None

@@ -1,0 +1,105 @@
+"""What a variant is: a name, its settings, a gate, and an attention call with its statistics."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from .reasons import Fallback, Gate
+from .settings import VariantSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LayerId:
+    """A transformer block: its kind and its index within that kind."""
+
+    block_type: str
+    block_index: int
+
+    def __str__(self) -> str:
+        return f"{self.block_type}.{self.block_index}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a variant may prepare for before the first call.
+
+    Attributes:
+        sigmas: the schedule, one more value than there are steps.
+        layers: the model's layers in the order in which they run; empty where unknown.
+    """
+
+    sigmas: Sequence[float]
+    layers: Sequence[LayerId] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One attention call.
+
+    Attributes:
+        settings: in force for the whole step.
+        layer: the block that calls; None where the model doesn't say.
+        sigma: noise level of the call; None where unknown.
+        step: index into the schedule, from 0.
+        scale: factor on q·k.
+        mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
+    """
+
+    settings: VariantSettings
+    layer: LayerId | None
+    sigma: float | None
+    step: int
+    scale: float
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a call.
+
+    Attributes:
+        out: ``[B, H, Nq, D]`` in the query's dtype; None where exact attention has to run.
+        fallback: why, where ``out`` is None. With neither, exact attention is what the variant
+            is for.
+        detail: the same for people, such as the refused feature dimension.
+        stats: metric name to a number or a 0-dimensional tensor. Tensors stay on their device
+            and are read when the step closes, so that no call waits for the device.
+    """
+
+    out: torch.Tensor | None
+    fallback: Fallback | None = None
+    detail: str = ""
+    stats: dict[str, torch.Tensor | float] = field(default_factory=dict)
+
+
+class Variant(ABC):
+    """An attention that can stand in for the exact one. One object serves one run."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    settings_model: ClassVar[type[VariantSettings]]
+
+    def prepare(self, run: RunInfo) -> None:  # noqa: B027
+        """Called once, before the first call of the run."""
+
+    @abstractmethod
+    def gate(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> Gate | None:
+        """The rule that keeps the variant from this call; None where it is due."""
+
+    @abstractmethod
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> Result:
+        """Attend.
+
+        Args:
+            query: ``[B, H, Nq, D]``, any floating dtype, after rotary embedding.
+            key: ``[B, H, Nk, D]``.
+            value: ``[B, H, Nk, D]``.
+            call: settings, place and mask.
+        """
