@@ -6,19 +6,31 @@ Messages from and to the plugin are in ``wire.py``. Non-finite floats are the st
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from ..wire import (
     InstanceInfo,
     Message,
     ModelInfo,
-    Number,
     RevisionState,
     RunStatus,
     SamplingInfo,
 )
+
+Number = Annotated[
+    float | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number"},
+                {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 class Problem(Message):
@@ -227,6 +239,10 @@ class Columns(Message):
     steps: dict[str, list[Any]] = Field(description="columns of Step by name, in step order")
     layer_steps: dict[str, list[list[Number]]]
     paths: list[list[str | None]] = Field(description="matrix like layer_steps: the path taken")
+    reasons: dict[str, list[int]] = Field(
+        description="calls per step by 'gate.<reason>' and 'fallback.<reason>', in step order; "
+        "reasons that never occurred are left out"
+    )
 
 
 class StepDelta(Message):
