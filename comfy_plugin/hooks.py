@@ -1,0 +1,464 @@
+"""Our hooks in ComfyUI: one wrapper on the model, everything else for the length of a run.
+
+A node puts a single `SamplerHook` on its clone of the model, as a SAMPLER_SAMPLE wrapper. When a
+sampler runs, the hook makes a `Run` and adds to the options of that sampling alone: the attention
+override, a PREDICT_NOISE wrapper, an APPLY_MODEL wrapper, and itself between the sampler and its
+callback. They go when the sampler returns or raises. An override that another node has set is
+found when the run begins and becomes the exact path.
+
+Nothing of ours may disturb the sampling: whatever fails here is logged, and the sampler goes on
+with what ComfyUI gave it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.quality import sampled_stats
+from ..attention.reasons import Fallback, Gate
+from ..attention.registry import VARIANTS
+from ..attention.settings import VariantSettings
+from ..attention.variant import Call, LayerId, RunInfo
+from .clocks import clock_for
+from .config import Config
+from .identity import find_place, model_info, sampler_function, sampling_info
+from .images import Previews
+from .layouts import AttentionCall, Unreadable, read_call
+from .plugin import get_plugin
+from .recorder import UNKNOWN_LAYER, CallRecord
+from .run import Run
+from .steps import StepTracker
+
+log = logging.getLogger("attnscope")
+
+KEY = "attnscope"
+"""Names our wrappers in ComfyUI's tables."""
+
+OVERRIDE = "optimized_attention_override"
+
+try:
+    _OUT_OF_MEMORY: type[BaseException] = torch.OutOfMemoryError
+except AttributeError:
+    _OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a node wants of the runs of its model.
+
+    Attributes:
+        variant: name of the variant.
+        settings: that runs begin with, unless the server has others for them.
+        label: of the runs.
+        config: where to send to.
+    """
+
+    variant: str
+    settings: VariantSettings
+    label: str
+    config: Config
+
+
+def attach(model: Any, plan: Plan) -> Any:
+    """A clone of the model that runs by the plan. The later of two plans on a model is in force.
+
+    Args:
+        model: ComfyUI's MODEL; left as it is.
+        plan: what to do.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    clone = model.clone()
+    earlier = [
+        hook.plan.variant
+        for hook in clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
+        if isinstance(hook, SamplerHook)
+    ]
+    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    if earlier:
+        log.info(
+            "AttnScope: '%s' takes the place of '%s', which an earlier node set on this model",
+            plan.variant, earlier[-1],
+        )  # fmt: skip
+    if plan.variant != "exact" or not plan.config.disabled:
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, SamplerHook(plan))
+    return clone
+
+
+class SamplerHook:
+    """SAMPLER_SAMPLE wrapper: makes a run of every sampling."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            sampling = _Sampling(self.plan, executor, list(args), dict(kwargs))
+        except Exception:
+            log.exception("AttnScope: this run is neither changed nor recorded")
+            return executor(*args, **kwargs)
+        with sampling.installed():
+            return executor(*sampling.args, **sampling.kwargs)
+
+
+class _Sampling:
+    """A run with its hooks in one sampling's options."""
+
+    _POSITIONS = ("guider", "sigmas", "extra_args", "callback", "noise")
+
+    def __init__(
+        self, plan: Plan, executor: Any, args: list[Any], kwargs: dict[str, Any]
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self._plugin = get_plugin()
+        guider = self._argument("guider")
+        extra_args = self._argument("extra_args")
+        sampler = getattr(executor, "class_obj", None)
+        noise = self._argument("noise")
+        sigmas = [float(sigma) for sigma in self._argument("sigmas").detach().cpu().tolist()]
+        self._options: dict[str, Any] = extra_args["model_options"].setdefault(
+            "transformer_options", {}
+        )
+        self._guider_options: dict[str, Any] = guider.model_options.setdefault(
+            "transformer_options", {}
+        )
+        device = noise.device
+        place = self._place = find_place()
+        model, layers = model_info(guider.model_patcher, place)
+        self._channel = None
+        if not plan.config.disabled:
+            self._channel = self._plugin.channel(plan.config, device)
+        settings, instance_revision = plan.settings, None
+        remembered = self._channel.shelf.get(plan.variant) if self._channel else None
+        if remembered is not None:
+            settings, instance_revision = remembered.settings, remembered.id
+        self.run = Run(
+            variant=VARIANTS[plan.variant](),
+            settings=settings,
+            tracker=StepTracker(sigmas, sampler_function(sampler)),
+            clock=clock_for(device),
+            info=RunInfo(sigmas=sigmas, layers=layers),
+            put=self._channel.outbox.put if self._channel else None,
+            interrupt=self._plugin.interrupt,
+        )
+        self._previews: Previews | None = None
+        if self._channel is not None:
+            self._previews = Previews(self.run.run_id, place.node_id, self._channel.outbox.put)
+        info = sampling_info(
+            sampler=sampler,
+            guider=guider,
+            sigmas=sigmas,
+            seed=extra_args.get("seed"),
+            noise=noise,
+            place=place,
+        )
+        self._begin = lambda: self.run.start(
+            sampling=info, model=model, label=plan.label, instance_revision=instance_revision
+        )
+        self._set_argument("callback", _Callback(self.run, self._argument("callback")))
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks in, and out again whatever happens; the run is told of its end."""
+        status, error = "completed", ""
+        undo = contextlib.ExitStack()
+        with _guarded("a run's beginning"):
+            self._install(undo)
+        try:
+            yield
+        except BaseException as problem:
+            status, error = _verdict(problem)
+            raise
+        finally:
+            with _guarded("a run's end"):
+                undo.close()
+            with _guarded("a run's end"):
+                self.run.end(status, error)
+            with _guarded("a run's end"):
+                self._plugin.end(
+                    self.run, self._channel, self._place, completed=status == "completed"
+                )
+
+    def _install(self, undo: contextlib.ExitStack) -> None:
+        from comfy.patcher_extension import WrappersMP
+
+        run = self.run
+        # First, so that the run's beginning is its first event.
+        self._begin()
+        self._plugin.begin(run, self._channel, self._place)
+        if self._previews is not None:
+            undo.callback(self._previews.stop)
+            with _guarded("previews"):
+                self._previews.start()
+        earlier = self._options.get(OVERRIDE)
+        undo.callback(_put_back, self._options, OVERRIDE, earlier)
+        self._options[OVERRIDE] = AttentionHook(run, earlier)
+        for options, kind, wrapper in (
+            (self._guider_options, WrappersMP.PREDICT_NOISE, _Evaluation(run)),
+            (self._options, WrappersMP.APPLY_MODEL, _ModelCall(run)),
+        ):
+            by_key = options.setdefault("wrappers", {}).setdefault(kind, {})
+            undo.callback(by_key.pop, KEY, None)
+            by_key[KEY] = [wrapper]
+
+    def _argument(self, name: str) -> Any:
+        index = self._POSITIONS.index(name)
+        return self.args[index] if index < len(self.args) else self.kwargs[name]
+
+    def _set_argument(self, name: str, value: Any) -> None:
+        index = self._POSITIONS.index(name)
+        if index < len(self.args):
+            self.args[index] = value
+        else:
+            self.kwargs[name] = value
+
+
+@contextlib.contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """Our own failures end here."""
+    try:
+        yield
+    except Exception:
+        log.exception("AttnScope: %s failed; sampling goes on", what)
+
+
+def _put_back(options: dict[str, Any], key: str, value: Any) -> None:
+    if value is None:
+        options.pop(key, None)
+    else:
+        options[key] = value
+
+
+def _verdict(problem: BaseException) -> tuple[str, str]:
+    """How a run ended that raised: its status and the error for people."""
+    if type(problem).__name__ == "InterruptProcessingException":
+        return "interrupted", ""
+    if isinstance(problem, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        return "interrupted", type(problem).__name__
+    return "failed", f"{type(problem).__name__}: {problem}"
+
+
+class _Callback:
+    """Stands between the sampler and its callback."""
+
+    def __init__(self, run: Run, callback: Callable[..., Any] | None) -> None:
+        self._run = run
+        self._callback = callback
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self._run.called_back(int(args[0] if args else kwargs["step"]))
+        except Exception:
+            log.exception("AttnScope: a step's callback was left out")
+        if self._callback is not None:
+            return self._callback(*args, **kwargs)
+        return None
+
+
+class _Evaluation:
+    """PREDICT_NOISE wrapper: one evaluation of the model by the sampler."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            sigma = None
+            if self._run.needs_sigma:
+                timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+                # Reading it waits for the device; only samplers that we don't know need it.
+                sigma = float(timestep.flatten()[0])
+            self._run.begin_evaluation(sigma)
+        except Exception:
+            log.exception("AttnScope: an evaluation was left out")
+        return executor(*args, **kwargs)
+
+
+class _ModelCall:
+    """APPLY_MODEL wrapper: one call of the model; cond and uncond can come apart."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self._run.model_called()
+        except Exception:
+            log.exception("AttnScope: a model call was left out")
+        return executor(*args, **kwargs)
+
+
+class _Attempt:
+    """What our side of a call came to."""
+
+    __slots__ = ("call", "detail", "kind", "out", "reason", "stats")
+
+    def __init__(self) -> None:
+        self.call: AttentionCall | None = None
+        self.out: torch.Tensor | None = None
+        self.kind = ""
+        self.reason = ""
+        self.detail = ""
+        self.stats: dict[str, Any] = {}
+
+    def gate(self, gate: Gate) -> None:
+        self.kind, self.reason = "gate", gate.value
+
+    def fall_back(self, reason: Fallback, detail: str = "") -> None:
+        self.out = None
+        self.kind, self.reason, self.detail = "fallback", reason.value, detail
+
+
+class AttentionHook:
+    """ComfyUI's ``optimized_attention_override`` for the length of a run."""
+
+    def __init__(self, run: Run, earlier: Callable[..., Any] | None) -> None:
+        """
+        Args:
+            run: that the calls belong to.
+            earlier: another node's override, which then is the exact path.
+        """
+        self._run = run
+        self._earlier = earlier
+        self._complaints: set[str] = set()
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # A traced graph can hold neither our decisions nor our measurements.
+            return self._exact(func, args, kwargs)
+        run = self._run
+        timed = run.records and run.clock.measures_calls
+        start = run.clock.mark() if timed else None
+        attempt = self._attempt(args, kwargs)
+        out = attempt.out
+        if out is None:
+            returned = self._exact(func, args, kwargs)
+        else:
+            returned = out if attempt.call is None else self._returned(attempt, out)
+            if returned is None:
+                returned = self._exact(func, args, kwargs)
+        if run.records:
+            end = run.clock.mark() if timed else None
+            try:
+                self._record(attempt, args, kwargs, start, end)
+            except Exception:
+                self._complain("a call was not recorded")
+        return returned
+
+    def _exact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if self._earlier is not None:
+            return self._earlier(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attempt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Attempt:
+        attempt = _Attempt()
+        run = self._run
+        try:
+            attempt.call = call = read_call(args, kwargs)
+            about = Call(
+                settings=run.settings,
+                layer=_layer(kwargs.get("transformer_options")),
+                sigma=run.sigma,
+                step=run.step,
+                scale=call.scale,
+                mask=call.mask,
+            )
+            gate = run.variant.gate(call.query, call.key, about)
+            if gate is not None:
+                attempt.gate(gate)
+                return attempt
+            result = run.variant.attend(call.query, call.key, call.value, about)
+            attempt.stats.update(result.stats)
+            if result.fallback is not None:
+                attempt.fall_back(result.fallback, result.detail)
+            else:
+                attempt.out = result.out
+        except Unreadable as unreadable:
+            # A variant that leaves attention alone has nothing to fall back from.
+            if run.variant.name != "exact":
+                attempt.fall_back(unreadable.reason, unreadable.detail)
+        except _OUT_OF_MEMORY as error:
+            attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
+        except Exception as error:
+            attempt.fall_back(Fallback.ERROR, f"{type(error).__name__}: {error}")
+            self._complain("a variant raised an error")
+        return attempt
+
+    def _returned(self, attempt: _Attempt, out: torch.Tensor) -> torch.Tensor | None:
+        try:
+            assert attempt.call is not None
+            return attempt.call.give_back(out)
+        except Exception as error:
+            attempt.fall_back(Fallback.ERROR, f"{type(error).__name__}: {error}")
+            self._complain("a variant's output can't be used")
+            return None
+
+    def _record(
+        self, attempt: _Attempt, args: tuple[Any, ...], kwargs: Any, start: Any, end: Any
+    ) -> None:
+        run, call = self._run, attempt.call
+        layer = _layer(kwargs.get("transformer_options"))
+        record = CallRecord(
+            layer=UNKNOWN_LAYER if layer is None else str(layer),
+            made_by_variant=attempt.out is not None,
+            kind=attempt.kind,
+            reason=attempt.reason,
+            detail=attempt.detail,
+            tokens_q=call.query.shape[2] if call else _tokens(args, 0),
+            tokens_k=call.key.shape[2] if call else _tokens(args, 1),
+            stats=attempt.stats,
+            start=start,
+            end=end,
+        )
+        run.record(record)
+        if call is not None and run.measures:
+            settings = run.settings
+            record.stats.update(
+                sampled_stats(
+                    call.query,
+                    call.key,
+                    call.value,
+                    attempt.out,
+                    call.scale,
+                    call.mask,
+                    settings.quality_samples,  # type: ignore[attr-defined]
+                    settings.quality_seed,  # type: ignore[attr-defined]
+                )
+            )
+
+    def _complain(self, what: str) -> None:
+        """Log the first of each kind with its traceback: a call comes thousands of times a run."""
+        if what not in self._complaints:
+            self._complaints.add(what)
+            log.warning("AttnScope: %s; exact attention serves", what, exc_info=True)
+
+
+_LAYERS: dict[tuple[str, int], LayerId] = {}
+
+
+def _layer(options: Any) -> LayerId | None:
+    """The block that calls, as Flux-family models tell it."""
+    if not isinstance(options, Mapping):
+        return None
+    kind, index = options.get("block_type"), options.get("block_index")
+    if not isinstance(kind, str) or not isinstance(index, int):
+        return None
+    known = _LAYERS.get((kind, index))
+    if known is None:
+        known = _LAYERS[kind, index] = LayerId(kind, index)
+    return known
+
+
+def _tokens(args: tuple[Any, ...], index: int) -> int:
+    """Tokens of a tensor whose layout isn't known: its last dimension but one."""
+    try:
+        return int(args[index].shape[-2])
+    except (IndexError, AttributeError):
+        return 0

@@ -1,0 +1,101 @@
+"""Node inputs made of a settings model: each setting is defined there and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from comfy_api.latest import io
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from ...attention.settings import VariantSettings
+from ..mailbox import refusal
+
+_INT_MOST = 2**53 - 1
+
+
+def _limit(field: FieldInfo, name: str) -> Any:
+    for rule in field.metadata:
+        value = getattr(rule, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+def _made(kind: Any, id: str, *, advanced: bool, **options: Any) -> Any:
+    """An input, with the advanced flag in the form that this ComfyUI knows, if it knows one."""
+    known = inspect.signature(kind.Input.__init__).parameters
+    if advanced and "advanced" in known:
+        options["advanced"] = True
+    elif advanced and "extra_dict" in known:
+        options["extra_dict"] = {"advanced": True}
+    return kind.Input(id, **options)
+
+
+def setting_input(name: str, field: FieldInfo) -> Any:
+    """The input of one setting.
+
+    Raises:
+        TypeError: the setting's type has no input.
+    """
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    unit = f" ({extra['unit']})" if extra.get("unit") else ""
+    options: dict[str, Any] = {
+        "advanced": bool(extra.get("advanced")),
+        "display_name": field.title or name.replace("_", " "),
+        "tooltip": f"{field.description}{unit}",
+        "default": field.default,
+    }
+    kind = field.annotation
+    if typing.get_origin(kind) is Literal:
+        return _made(io.Combo, name, options=list(typing.get_args(kind)), **options)
+    if kind is bool:
+        return _made(io.Boolean, name, **options)
+    step = extra.get("step")
+    least, most = _limit(field, "ge"), _limit(field, "le")
+    if kind is int:
+        if least is None and _limit(field, "gt") is not None:
+            least = _limit(field, "gt") + 1
+        return _made(
+            io.Int, name, min=-_INT_MOST if least is None else least,
+            max=_INT_MOST if most is None else most, step=int(step or 1), **options,
+        )  # fmt: skip
+    if kind is float:
+        step = float(step or 0.01)
+        if least is None and _limit(field, "gt") is not None:
+            # The page knows no open ends: the smallest value is a step inside.
+            least = _limit(field, "gt") + step
+        return _made(
+            io.Float, name, min=-math.inf if least is None else float(least),
+            max=math.inf if most is None else float(most), step=step, round=step, **options,
+        )  # fmt: skip
+    if isinstance(kind, types.UnionType) or kind is None:
+        raise TypeError(f"{name}: settings of type {kind} have no input")
+    raise TypeError(f"{name}: settings of type {kind} have no input")
+
+
+def settings_inputs(model: type[VariantSettings]) -> list[Any]:
+    """One input per setting, in the model's order, advanced ones last."""
+    fields = list(model.model_fields.items())
+
+    def folded(item: tuple[str, FieldInfo]) -> bool:
+        extra = item[1].json_schema_extra
+        return bool(isinstance(extra, dict) and extra.get("advanced"))
+
+    return [setting_input(name, field) for name, field in sorted(fields, key=folded)]
+
+
+def read_settings(model: type[VariantSettings], values: dict[str, Any]) -> VariantSettings:
+    """Settings of a node's values.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(refusal(error)) from None
