@@ -1,0 +1,21 @@
+import { onScopeDispose, ref, type Ref } from 'vue'
+
+/** The time in seconds, for ages; it stands still while the page is hidden. */
+export function useClock(everyMs: () => number): Ref<number> {
+  const now = ref(Date.now() / 1000)
+  let timer: ReturnType<typeof setTimeout> | undefined
+
+  function tick(): void {
+    clearTimeout(timer)
+    now.value = Date.now() / 1000
+    if (!document.hidden) timer = setTimeout(tick, everyMs())
+  }
+
+  document.addEventListener('visibilitychange', tick)
+  onScopeDispose(() => {
+    clearTimeout(timer)
+    document.removeEventListener('visibilitychange', tick)
+  })
+  tick()
+  return now
+}
