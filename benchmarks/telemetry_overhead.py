@@ -1,0 +1,190 @@
+"""What watching costs the sampler: sampling time with the monitor on over the plain model.
+
+The same small Flux (64×64 latent, 1,024 image and 32 text tokens, attention exact on both sides)
+is sampled by ComfyUI's own sampler in one process, plain and monitored in turn, the order changing
+from pair to pair; each pair gives a ratio, and the median of the ratios counts.
+
+``telemetry_overhead``: recorder and outbox against a receiver in a process of its own that does
+no more than a receiver must: it unpacks a batch, looks the sequence numbers up and answers them.
+``telemetry_overhead_with_server``: the same with the real server, which validates, stores and
+publishes every event on the same cores.
+
+Both leave the q·k statistics out (``quality_samples=0``), which are a measurement that the user
+chooses and not part of the telemetry; a further line tells what they cost with default settings.
+
+    COMFYUI_DIR=… python benchmarks/telemetry_overhead.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "comfyui"), str(ROOT / "tools")]
+
+RESULTS = ("telemetry_overhead", "telemetry_overhead_with_server")
+
+SIDE = 64
+STEPS = 6
+PAIRS = 12
+
+_EVENT = re.compile(rb'"run_id":"([0-9a-f]{32})","seq":(\d+)')
+
+
+async def _receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """HTTP as far as our sender speaks it."""
+    try:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+            if head.startswith(b"GET"):
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                    b"Connection: close\r\n\r\n"
+                )
+                await reader.read()
+                return
+            body = zlib.decompress(await reader.readexactly(int(length[1])), wbits=31)
+            durable = {run.decode(): seq.decode() for run, seq in _EVENT.findall(body)}
+            pairs = ",".join(f'"{run}":{seq}' for run, seq in durable.items())
+            answer = f'{{"durable":{{{pairs}}}}}'.encode()
+            writer.write(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(answer), answer)
+            )
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+async def _serve() -> None:
+    server = await asyncio.start_server(_receive, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+@contextmanager
+def bare_receiver() -> Iterator[str]:
+    """The receiver that costs next to nothing; its address."""
+    command = [sys.executable, __file__, "--receiver"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.terminate()
+
+
+@contextmanager
+def real_server() -> Iterator[str]:
+    """The real server on a port and data of its own; its address."""
+    from serve import start_server
+    from toolkit import free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        service = start_server(port, data=Path(folder) / "data", log=Path(folder) / "log")
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            service.stop()
+
+
+class Sampler:
+    """Samples the small Flux plain and monitored."""
+
+    def __init__(self, url: str, folder: Path, **settings: Any) -> None:
+        from attnscope.attention.settings import settings_model
+        from attnscope.comfy_plugin import hooks
+        from attnscope.comfy_plugin.config import Config
+        from attnscope.comfy_plugin.plugin import Plugin
+        from flux import small_flux
+
+        self.plugin = Plugin(folder / "spool")
+        hooks.get_plugin = lambda: self.plugin
+        self.config = Config(url=url)
+        self.plain = small_flux(mlp_ratio=4.0)
+        plan = hooks.Plan("exact", settings_model("exact")(**settings), "", self.config)
+        self.monitored = hooks.attach(self.plain, plan)
+
+    def seconds(self, model: Any) -> float:
+        """Time of one sampling; what the link does afterwards is waited for, uncounted."""
+        from flux import sample
+
+        start = time.perf_counter()
+        sample(model, side=SIDE, steps=STEPS, tokens=(32, 32))
+        taken = time.perf_counter() - start
+        assert self.plugin.link.join(60.0)
+        return taken
+
+    def measure(self, pairs: int) -> tuple[float, float, float]:
+        """Median ratio, and the medians of both sides in seconds."""
+        for model in (self.plain, self.monitored):
+            self.seconds(model)
+        on, off, ratios = [], [], []
+        for pair in range(pairs):
+            order = [(self.monitored, on), (self.plain, off)]
+            for model, times in order if pair % 2 else reversed(order):
+                times.append(self.seconds(model))
+            ratios.append(on[-1] / off[-1])
+        channel = self.plugin.channel(self.config)
+        assert len(channel.spool) == 0, "events were left over: the receiver did not keep up"
+        return statistics.median(ratios), statistics.median(on), statistics.median(off)
+
+
+def compare(
+    what: str, receiver: Callable[[], Any], pairs: int, **settings: Any
+) -> float:
+    """Measure against a receiver, and print both sides."""
+    with receiver() as url, tempfile.TemporaryDirectory() as folder:
+        ratio, on, off = Sampler(url, Path(folder), **settings).measure(pairs)
+    print(
+        f"{what}: monitored {on / STEPS * 1e3:.1f} ms a step, plain {off / STEPS * 1e3:.1f} ms "
+        f"a step, median ratio of {pairs} pairs {ratio:.4f}",
+        flush=True,
+    )
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    options = parser.parse_args()
+    if options.receiver:
+        asyncio.run(_serve())
+        return
+    logging.disable(logging.INFO)
+    shim = runpy.run_path(str(ROOT / "tools" / "torchvision_shim" / "sitecustomize.py"))
+    from attnscope.comfy_plugin.demo.train import import_comfy
+    from comfyui import ensure_comfyui
+
+    import_comfy(Path(os.environ.get("COMFYUI_DIR") or ensure_comfyui()))
+
+
+    only = os.environ.get("BENCH_ONLY")
+    if only in (None, RESULTS[0]):
+        ratio = compare("bare receiver", bare_receiver, options.pairs, quality_samples=0)
+        compare("bare receiver, q·k statistics on", bare_receiver, options.pairs)
+        print(f"RESULT {RESULTS[0]} {ratio:.4f}")
+    if only in (None, RESULTS[1]):
+        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        print(f"RESULT {RESULTS[1]} {ratio:.4f}")
+
+
+if __name__ == "__main__":
+    main()
