@@ -76,7 +76,11 @@ class VariantSettings(BaseModel):
     """Base of a variant's settings: unknown names are errors and instances never change."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        field_title_generator=lambda name, _: name.replace("_", " "),
     )
 
     @classmethod

@@ -86,7 +86,6 @@ def _sparse(rows: Rows, layers: int, place: dict[int, int]) -> tuple[Matrices, P
 
 def _reasons(session: Session, run: int, place: dict[int, int]) -> dict[str, list[int]]:
     columns: dict[str, list[int]] = {}
-    for row in steps.reasons(session, run):
-        column = columns.setdefault(f"{row.kind}.{row.reason}", [0] * len(place))
-        column[place[row.step]] += row.count
+    for step, kind, reason, count in steps.reason_sums(session, run):
+        columns.setdefault(f"{kind}.{reason}", [0] * len(place))[place[step]] = count
     return columns

@@ -142,6 +142,9 @@ def set_instance_settings(
 ) -> InstanceSettingsAnswer:
     """Set what later runs of an instance begin with; None takes it back.
 
+    Args:
+        settings: those left out take their defaults, so that what is stored is complete.
+
     Raises:
         ProblemError: no such instance (404).
         FieldErrors: the variant is unknown, or values are not allowed.
@@ -149,9 +152,7 @@ def set_instance_settings(
     validation.known_variant(variant, "variant")
     stored = None
     if settings is not None:
-        checked = validation.settings(variant, settings, "settings.").model_dump(mode="json")
-        # only what was given: the rest is the node's to say
-        stored = {name: checked[name] for name in settings}
+        stored = validation.settings(variant, settings, "settings.").model_dump(mode="json")
 
     def work(tx: Transaction) -> InstanceSettingsAnswer:
         if instances.find(tx.session, instance_id) is None:

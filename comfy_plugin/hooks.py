@@ -131,7 +131,7 @@ class _Sampling:
         )
         device = noise.device
         place = self._place = find_place()
-        model, layers = model_info(guider.model_patcher, place)
+        layers, model = model_info(guider.model_patcher, place)
         self._channel = None
         if not plan.config.disabled:
             self._channel = self._plugin.channel(plan.config, device)

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -55,6 +56,12 @@ def instance_name() -> str:
 
 def instance_info(device: torch.device | None = None) -> InstanceInfo:
     """This process, with the device that samples."""
+    # The port is known only once ComfyUI listens; the rest stays what it is.
+    return _fixed_info(device).model_copy(update={"name": instance_name()[:200]})
+
+
+@lru_cache(maxsize=16)
+def _fixed_info(device: torch.device | None) -> InstanceInfo:
 
     def device_name() -> str:
         if device is None or device.type != "cuda":
@@ -165,19 +172,24 @@ def model_layers(diffusion_model: Any) -> tuple[LayerId, ...]:
     return tuple(layers)
 
 
-def model_info(model_patcher: Any, place: Place) -> tuple[ModelInfo, tuple[LayerId, ...]]:
-    """What is sampled."""
+def model_info(
+    model_patcher: Any, place: Place
+) -> tuple[tuple[LayerId, ...], Callable[[], ModelInfo]]:
+    """What is sampled: its layers now, and the rest when it is asked for, on any thread."""
     inner = getattr(model_patcher, "model", None)
     diffusion_model = getattr(inner, "diffusion_model", None)
     layers = _try(lambda: model_layers(diffusion_model), ())
-    info = ModelInfo(
+    return layers, lambda: _describe(diffusion_model, layers, place)
+
+
+def _describe(diffusion_model: Any, layers: tuple[LayerId, ...], place: Place) -> ModelInfo:
+    return ModelInfo(
         name=(_try(lambda: model_file(place), "") or type(diffusion_model).__name__)[:200],
         parameters=_try(
             lambda: sum(p.numel() for p in diffusion_model.parameters()) or None, None
         ),
         layers=[str(layer) for layer in layers[:1000]],
     )
-    return info, layers
 
 
 def sampler_function(sampler: Any) -> str:

@@ -30,7 +30,7 @@ log = logging.getLogger("attnscope")
 QUIET_S = 1.0
 """How long the thread stays when everything is done, so that the next run finds it."""
 
-DEVICE_POLL_S = 0.002
+DEVICE_POLL_S = 0.005
 
 Chore = Callable[[], Awaitable[None]]
 """Something to be done on the loop after a run."""

@@ -132,7 +132,7 @@ class Run:
         self,
         *,
         sampling: SamplingInfo,
-        model: ModelInfo,
+        model: Callable[[], ModelInfo],
         label: str,
         instance_revision: int | None,
     ) -> None:
@@ -150,7 +150,7 @@ class Run:
                 instance_revision=instance_revision,
                 label=label[:200],
                 sampling=sampling,
-                model=model,
+                model=model(),
             )
 
         self._tell(EventDraft(run_id, make))

@@ -23,6 +23,8 @@ BATCH_BYTES = 2 * 2**20
 TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
+BATCH_GAP_S = 0.03
+"""Least time between two batches: fast steps travel together instead of one by one."""
 
 _EVENT_FIELD = re.compile(r"\bevents[.\[](\d+)")
 
@@ -99,7 +101,9 @@ class Sender:
                     return
                 await self._more.wait()
                 continue
-            if not await self.send_some():
+            if await self.send_some():
+                await asyncio.sleep(BATCH_GAP_S)
+            else:
                 await asyncio.sleep(self._pause)
                 self._pause = min(self._pause * 2, LONGEST_PAUSE_S)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from ..attention.metrics import METRIC_NAMES
@@ -96,6 +96,13 @@ def reasons(
         query = query.where(models.Reason.step <= last)
     order = (models.Reason.step, models.Reason.layer, models.Reason.kind, models.Reason.reason)
     return session.scalars(query.order_by(*order)).all()
+
+
+def reason_sums(session: Session, run: int) -> Sequence[tuple[int, str, str, int]]:
+    """Calls per step, kind and reason, over the layers."""
+    key = (models.Reason.step, models.Reason.kind, models.Reason.reason)
+    query = select(*key, func.sum(models.Reason.count)).where(models.Reason.run == run)
+    return [(row[0], row[1], row[2], int(row[3])) for row in session.execute(query.group_by(*key))]
 
 
 def find(session: Session, run: int, step: int) -> models.Step | None:

@@ -49,6 +49,8 @@ def setting_input(name: str, field: FieldInfo) -> Any:
         "display_name": field.title or name.replace("_", " "),
         "tooltip": f"{field.description}{unit}",
         "default": field.default,
+        # A saved workflow that is older than a setting must still be accepted.
+        "optional": True,
     }
     kind = field.annotation
     if typing.get_origin(kind) is Literal:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.events import RunScript, instance
 
+from attnscope.attention.settings import SETTINGS
 from attnscope.backend.mailbox import open_messages
 
 
@@ -180,7 +181,8 @@ def put_instance(api: Any, variant: str, settings: Any, status: int = 200) -> An
 def test_settings_of_an_instance_are_kept_and_taken_back(api: Any) -> None:
     api.send()
     answer = put_instance(api, "taylor", {"P": 5, "quality_seed": 3})
-    assert answer["settings"] == {"P": 5, "quality_seed": 3}
+    complete = SETTINGS["taylor"](P=5, quality_seed=3).model_dump(mode="json")
+    assert answer["settings"] == complete, "what is left out takes its default"
     path = f"/instances/{api.instance.instance_id}"
     assert api.get(path)["settings"] == {"taylor": answer["settings"]}
     (message,) = mail(api)
@@ -206,7 +208,10 @@ def test_a_run_that_began_without_them_gets_the_live_ones(api: Any) -> None:
     assert row["state"] == "pending"
     assert row["instance_revision"] == answer["id"]
     assert row["changes"] == {"P": [3, 5]}, "what is not live waits for the next run"
-    assert [m.instance_revision for m in mail(api) if m.kind == "revision"] == [answer["id"]]
+    kept, pushed = mail(api)
+    assert (kept.id, kept.settings) == (answer["id"], answer["settings"])
+    assert pushed.id == row["id"]
+    assert pushed.instance_revision is None, "one run's settings are not those of later runs"
 
     informed = RunScript(layers=2, settings={"P": 5}, instance_revision=answer["id"])
     api.send(informed.started())

@@ -81,7 +81,9 @@ class Receiver:
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), name="receiver", daemon=True
+        ).start()
 
     def stop(self) -> None:
         """Go away: no new connections, and the open ones end."""

@@ -64,7 +64,9 @@ def of_process(*models: Any) -> dict[str, Any]:
     import comfy.utils
     from comfy_execution.progress import get_progress_state
 
-    state: dict[str, Any] = {}
+    # ComfyUI makes its registry when it is first asked for.
+    handlers = sorted(get_progress_state().handlers)
+    state: dict[str, Any] = {"progress handlers": handlers}
     for name in MODULES:
         for key, value in vars(importlib.import_module(name)).items():
             if key not in ("__builtins__", "__warningregistry__"):
@@ -76,7 +78,6 @@ def of_process(*models: Any) -> dict[str, Any]:
         for key, value in of_model(model).items():
             state[f"model {index}: {key}"] = value
     state["progress hook"] = id(comfy.utils.PROGRESS_BAR_HOOK)
-    state["progress handlers"] = sorted(get_progress_state().handlers)
     state["threads"] = sorted(
         thread.name for thread in threading.enumerate() if thread.name != "receiver"
     )

@@ -16,6 +16,8 @@ import httpx
 
 Result = TypeVar("Result")
 
+START_SECONDS = 90.0
+
 
 def free_port() -> int:
     """A port that nobody listens on."""
@@ -85,7 +87,11 @@ class ServerProcess:
                 stderr=log,
                 env={**environ, **self.environ},
             )
-        wait_until(self._answers, f"server answers; its log:\n{self.log_text()}", 30.0)
+        try:
+            wait_until(self._answers, "the server answers", START_SECONDS)
+        except AssertionError as error:
+            self.stop(signal.SIGKILL)
+            raise AssertionError(f"{error}; its log:\n{self.log_text()}") from None
         return self
 
     def _answers(self) -> bool:

@@ -62,3 +62,7 @@ def test_an_unknown_variant_is_refused_with_those_that_exist() -> None:
 
 def test_every_reason_has_prose() -> None:
     assert set(DESCRIPTIONS) == {reason.value for reason in (*Gate, *Fallback)}
+
+
+def test_feature_dimensions_up_to_a_thousand_million_may_be_allowed() -> None:
+    assert TaylorSettings(max_feature_dim_R=10**9).max_feature_dim_R == 10**9

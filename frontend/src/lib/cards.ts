@@ -35,7 +35,7 @@ export const CARDS: CardKind[] = [
     figure: 'time',
     title: 'Time per step',
     hint: 'Sum over the layers of each step',
-    metric: 'attn_ms',
+    metric: null,
   },
   {
     figure: 'qk',

@@ -75,7 +75,8 @@ export class DrawQueue {
         this.schedule()
       })
     }
-    this.schedule()
+    // Otherwise the end of a drawing asks for the next frame, after its own notice of completion.
+    if (this.busy.size === 0) this.schedule()
   }
 }
 

@@ -1,7 +1,7 @@
 import { evaluate, UnknownColumn, type Value } from './binding'
 import type { RunColumns } from './columns'
 import type { Marker } from './markers'
-import { markerLayout } from './markers'
+import { markerLayout, type StepScale } from './markers'
 import type { Palette } from './palette'
 import { logRange, logTicks } from './ticks'
 import type { Range } from './urlState'
@@ -120,11 +120,14 @@ export function baseLayout(context: ChartContext): Json {
   }
 }
 
-/** Steps that a marker's label covers, from the width of a character. */
-export function stepsPerLabel(context: ChartContext, left: number): number {
+/** Where steps stand, for the labels of markers. */
+export function stepScale(context: ChartContext, margins: number): StepScale {
   const [from, to] = stepRange(context)
-  return (90 * (to - from)) / Math.max(50, context.width - left)
+  return { from, to, pixels: Math.max(50, context.width - margins) / (to - from) }
 }
+
+/** With more steps, dots on a line cost more than they tell. */
+const MOST_DOTS = 24
 
 /** The same trace at the size of a card. */
 function quiet(trace: Json, steps: number): Json {
@@ -133,7 +136,7 @@ function quiet(trace: Json, steps: number): Json {
   if (trace.mode === 'markers') return { ...trace, marker: { ...marker, size: 7 } }
   return {
     ...trace,
-    mode: steps > 60 ? 'lines' : 'lines+markers',
+    mode: steps > MOST_DOTS ? 'lines' : 'lines+markers',
     line: { ...inside(trace, 'line'), width: 1.75 },
     marker: { ...marker, size: 3.5 },
   }
@@ -150,7 +153,7 @@ export function lineFigure(figure: Figure, columns: RunColumns, context: ChartCo
   const { palette } = context
   const left = 46
   const markers = wantsMarkers(figure)
-    ? markerLayout(context.markers, palette, stepsPerLabel(context, left))
+    ? markerLayout(context.markers, palette, stepScale(context, left + 8))
     : { shapes: [], annotations: [] }
   const data = figure.data
     .map((trace) => bindTrace(trace, columns))

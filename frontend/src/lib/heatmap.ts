@@ -6,7 +6,7 @@ import {
   bindTrace,
   inside,
   stepRange,
-  stepsPerLabel,
+  stepScale,
   type ChartContext,
   type Figure,
   type Json,
@@ -157,7 +157,11 @@ export function heatmapFigure(input: HeatmapInput, context: ChartContext): Figur
   const margin = { l: 62, r: metric ? 52 : 8, t: 20, b: 34 }
   const rows = Math.max(1, columns.layers.length)
   const y = context.y ?? [-0.5, rows - 0.5]
-  const markers = markerLayout(context.markers, palette, stepsPerLabel(context, margin.l + margin.r))
+  const markers = markerLayout(
+    context.markers,
+    palette,
+    stepScale(context, margin.l + margin.r),
+  )
   const tick = { size: 10.5, color: palette.muted }
   return {
     data,

@@ -1,7 +1,7 @@
 import { expect, it } from 'vitest'
 
 import { revision } from '../testing/fixtures'
-import { markerLayout, markersOf } from './markers'
+import { markerLabels, markerLayout, markersOf } from './markers'
 import { PALETTES } from './palette'
 
 const revisions = [
@@ -23,8 +23,17 @@ it('marks what was applied after the start, in order, with old and new values', 
   ])
 })
 
-it('draws the line before the first step of the new settings', () => {
-  const { shapes, annotations } = markerLayout(markersOf(revisions), PALETTES.light, 10)
+it('draws the line before the first step of the new settings, where it is in view', () => {
+  const scale = { from: -0.5, to: 20, pixels: 30 }
+  const { shapes, annotations } = markerLayout(markersOf(revisions), PALETTES.light, scale)
   expect(shapes.map((shape) => shape.x0)).toEqual([7.5, 11.5])
-  expect(annotations.map((item) => item.text)).toEqual(['r1', 'r2 · 2 changes'])
+  expect(annotations.map((item) => item.text)).toEqual(['r1 P 2→3', 'r2 · 2 changes'])
+  const zoomed = { from: 10, to: 20, pixels: 60 }
+  expect(markerLayout(markersOf(revisions), PALETTES.light, zoomed).shapes).toHaveLength(1)
+})
+
+it('shortens labels that would run into the next', () => {
+  const markers = markersOf(revisions)
+  expect(markerLabels(markers, { from: 0, to: 30, pixels: 5 })).toEqual(['r1', 'r2 · 2 changes'])
+  expect(markerLabels(markers, { from: 0, to: 30, pixels: 1 })).toEqual(['', 'r2'])
 })

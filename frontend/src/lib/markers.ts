@@ -46,31 +46,50 @@ export interface MarkerLayout {
   annotations: Partial<Annotations>[]
 }
 
-/**
- * A line between the last step of the old settings and the first of the new ones. Labels are
- * shortened to the revision's number where the next line is near.
- */
+/** Where steps stand on a chart. */
+export interface StepScale {
+  /** Range of the axis, and pixels between two steps. */
+  from: number
+  to: number
+  pixels: number
+}
+
+const LETTER_PIXELS = 5.6
+
+/** The words of each marker that fit before the next one; empty where not even a number fits. */
+export function markerLabels(markers: readonly Marker[], scale: StepScale): string[] {
+  return markers.map((marker, index) => {
+    const next = markers[index + 1]
+    const end = next ? next.step : scale.to + 0.5
+    const room = (end - marker.step) * scale.pixels
+    const fits = (text: string) => text.length * LETTER_PIXELS <= room
+    const short = `r${marker.number}`
+    return fits(marker.label) ? marker.label : fits(short) ? short : ''
+  })
+}
+
+/** A line between the last step of the old settings and the first of the new ones. */
 export function markerLayout(
   markers: readonly Marker[],
   palette: Palette,
-  stepsPerLabel: number,
+  scale: StepScale,
 ): MarkerLayout {
-  const shapes = markers.map(
-    (marker): Partial<Shape> => ({
+  const seen = markers.filter(({ step }) => step - 0.5 >= scale.from && step - 0.5 <= scale.to)
+  const shapes = seen.map(
+    ({ step }): Partial<Shape> => ({
       type: 'line',
       xref: 'x',
       yref: 'paper',
-      x0: marker.step - 0.5,
-      x1: marker.step - 0.5,
+      x0: step - 0.5,
+      x1: step - 0.5,
       y0: 0,
       y1: 1,
       line: { color: palette.marker, width: 1.5, dash: 'dot' },
     }),
   )
-  const annotations = markers.map((marker, index): Partial<Annotations> => {
-    const next = markers[index + 1]
-    const roomy = !next || next.step - marker.step >= stepsPerLabel
-    return {
+  const labels = markerLabels(seen, scale)
+  const annotations = seen.map(
+    (marker, index): Partial<Annotations> => ({
       x: marker.step - 0.5,
       y: 1,
       xref: 'x',
@@ -78,11 +97,12 @@ export function markerLayout(
       xanchor: 'left',
       yanchor: 'bottom',
       showarrow: false,
-      text: roomy ? marker.label : `r${marker.number}`,
+      // a label that does not fit keeps its place for the pointer
+      text: labels[index] || ' ',
       hovertext: marker.hover,
       font: { size: 10, color: palette.marker },
-      borderpad: 1,
-    }
-  })
+      borderpad: 0,
+    }),
+  )
   return { shapes, annotations }
 }

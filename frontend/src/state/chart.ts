@@ -18,13 +18,19 @@ export function useChartContext(
   const { theme } = useTheme()
   const touch = useMedia('(pointer: coarse)')
   const markers = computed(() => markersOf(state.revisions.value))
+  // numbers of their own, so that a run's other news redraws nothing
+  const steps = computed(() =>
+    Math.max(state.run.value?.steps_total ?? 0, (state.run.value?.last_step ?? -1) + 1),
+  )
+  const id = computed(() => state.run.value?.run_id ?? '')
+  const x = computed(() => view.value.x)
   return computed(() => ({
     palette: PALETTES[theme.value],
     markers: markers.value,
-    steps: Math.max(state.run.value?.steps_total ?? 0, (state.run.value?.last_step ?? -1) + 1),
-    x: view.value.x,
+    steps: steps.value,
+    x: x.value,
     version: state.version.value,
     touch: touch.value,
-    uirevision: state.run.value?.run_id ?? '',
+    uirevision: id.value,
   }))
 }

@@ -1,4 +1,4 @@
-import { onScopeDispose, ref, type Ref } from 'vue'
+import { onScopeDispose, ref, watch, type Ref } from 'vue'
 
 /** The time in seconds, for ages; it stands still while the page is hidden. */
 export function useClock(everyMs: () => number): Ref<number> {
@@ -16,6 +16,7 @@ export function useClock(everyMs: () => number): Ref<number> {
     clearTimeout(timer)
     document.removeEventListener('visibilitychange', tick)
   })
+  watch(everyMs, tick)
   tick()
   return now
 }

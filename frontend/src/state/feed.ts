@@ -2,6 +2,7 @@ import { readonly, ref } from 'vue'
 
 import { API, request } from '../lib/api/client'
 import type { Change, Health } from '../lib/api/schema'
+import { loadSession } from './session'
 
 export type Connection = 'connecting' | 'open' | 'down' | 'paused'
 export type Listener = (change: Change) => void
@@ -12,7 +13,7 @@ const LONGEST_REPLAY = 2000
 const FIRST_RETRY_MS = 500
 const LONGEST_RETRY_MS = 5000
 /** The banner waits this long: a server that restarts is not worth alarm. */
-const GRACE_MS = 1500
+const GRACE_MS = 3000
 
 const connection = ref<Connection>('connecting')
 const seq = ref(0)
@@ -59,6 +60,9 @@ function close(): void {
  * count began anew, makes every view ask for its present state.
  */
 async function position(): Promise<void> {
+  // a stream cannot say that its login has run out
+  const { may_read: mayRead } = await loadSession()
+  if (!mayRead) throw new Error('a token is needed')
   const { latest_seq: latest } = await request<Health>('/health')
   const gap = latest - seq.value
   if (!positioned) {
@@ -111,7 +115,11 @@ function onVisibility(): void {
 }
 
 export async function startFeed(): Promise<void> {
-  if (started) return
+  if (started) {
+    retryMs = FIRST_RETRY_MS
+    await open()
+    return
+  }
   started = true
   document.addEventListener('visibilitychange', onVisibility)
   addEventListener('online', () => void open())
