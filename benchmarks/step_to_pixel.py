@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support.browser import chromium, watched_page  # noqa: E402
-from support.stack import Stack, demo_workflow, wait_for  # noqa: E402
+from support.browser import chromium, watched_page
+from support.stack import Stack, demo_workflow, wait_for
 
 RESULTS = ("step_to_pixel_ms_p95",)
 

@@ -29,15 +29,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .captions import Caption, sample_caption
 from .checkpoint import UNET_CONFIG, save_checkpoint
-from .codec import CELL, LinearCodec, fit_codec
+from .codec import CELL, CHANNELS, LinearCodec, fit_codec
 from .pictures import render
 from .prompt import (
     ANCHOR_PAIRS,
     ANCHOR_X_AT,
-    ANCHOR_Y_AT,
     AXIS_DIM,
     encode_prompt,
 )
@@ -52,6 +52,7 @@ class Stage:
     """What one run of training does; every field is a command-line option of the same name."""
 
     steps: int = 1000
+    minutes: float = 0.0
     sizes: str = "16:0.5,24:0.2,32:0.3"
     batch_tokens: int = 2560
     lr: float = 1e-3
@@ -73,10 +74,15 @@ class Stage:
             raise ValueError(f"--sizes needs even latent sides with shares, got {self.sizes!r}")
         return shares
 
-    def learning_rate(self, index: int) -> float:
+    def progress(self, index: int, seconds: float) -> float:
+        """How far the stage is, 0 to 1, at its step ``index``: by steps or by time."""
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(index / self.steps, by_time))
+
+    def learning_rate(self, index: int, seconds: float) -> float:
         """Rate of the stage's step ``index``: linear warmup, then linear from lr to lr_end."""
         ramp = min(1.0, (index + 1) / self.warmup) if self.warmup else 1.0
-        return ramp * (self.lr + (self.lr_end - self.lr) * index / max(self.steps - 1, 1))
+        return ramp * (self.lr + (self.lr_end - self.lr) * self.progress(index, seconds))
 
 
 def import_comfy(folder: Path | None) -> None:
@@ -107,7 +113,7 @@ def init_weights(flux: nn.Module, seed: int) -> None:
                 limit = math.sqrt(6.0 / sum(parameter.shape))
                 parameter.uniform_(-limit, limit, generator=generator)
     _init_pass_through(flux)
-    _init_anchor_head(flux)
+    _init_anchor_heads(flux)
 
 
 @torch.no_grad()
@@ -132,70 +138,42 @@ def _init_pass_through(flux: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _init_anchor_head(flux: nn.Module) -> None:
-    """Start the first block's first head as a finder of places (see ``prompt``).
+def _init_anchor_heads(flux: nn.Module) -> None:
+    """Start head 0 of every double block as a finder of places (see ``prompt``).
 
-    Image queries are a constant in the anchors' rotary pairs, text keys copy their anchors there,
-    and image keys stand aside: an image token then reads the text tokens whose anchors lie
-    nearest. It is a starting point only: training may change all of it.
-    """
-    block = flux.double_blocks[0]
-    head_dim = flux.hidden_size // flux.num_heads
-    time_dims = flux.params.axes_dim[0]
-    # Semi-orthogonal, so that a part of a token can be read off its projection.
-    nn.init.orthogonal_(flux.txt_in.weight, gain=2.0, generator=torch.Generator().manual_seed(1))
-    image, text = block.img_attn.qkv, block.txt_attn.qkv
-    queries = slice(0, head_dim)
-    keys = slice(flux.hidden_size, flux.hidden_size + head_dim)
-    image.weight[queries] = 0
-    image.weight[keys] = 0
-    text.weight[keys] = 0
-    query, key = torch.zeros(head_dim), torch.zeros(head_dim)
-    for axis, column in ((0, ANCHOR_Y_AT), (1, ANCHOR_X_AT)):
-        for index, pair in enumerate(ANCHOR_PAIRS):
-            at = time_dims + axis * AXIS_DIM + 2 * pair
-            query[at] = 1.0
-            for part in (0, 1):
-                source = flux.txt_in.weight[:, column + 2 * index + part]
-                text.weight[keys][at + part] = source
-    # Rotary position never turns the first dimensions: a constant there keeps image keys out.
-    query[0] = 1.5
-    key[0] = -1.0
-    image.bias[queries], image.bias[keys] = query, key
-    gate = slice(2 * flux.hidden_size, 3 * flux.hidden_size)
-    block.img_mod.lin.bias[gate] = 0.5
-
-
-def init_anchors(flux: nn.Module) -> None:
-    """Start head 0 of every double block as "how near is the token's anchor to me".
-
-    An image token's query begins as a constant, so that after rotary embedding its product with
-    an anchor's key is the cosine of their distance, summed over the anchor's frequencies. All of
-    it stays trainable.
+    An image token's query begins nearly constant in the anchors' rotary pairs and a text token's
+    key copies its anchor there, so that after rotary embedding their product is the cosine of
+    their distance, summed over the anchor's frequencies. It is a starting point only: training
+    may change all of it.
     """
     width = 2 * len(ANCHOR_PAIRS)
-    with torch.no_grad():
-        for channel in range(2 * width):
-            flux.txt_in.weight[channel] = 0.0
-            flux.txt_in.weight[channel, ANCHOR_X_AT + channel] = 1.5
-        for block in flux.double_blocks:
-            head_dim = flux.hidden_size // flux.num_heads
-            query = block.img_attn.qkv
-            key = block.txt_attn.qkv
-            query.weight[:head_dim] *= 0.3
-            keys = key.weight[flux.hidden_size : flux.hidden_size + head_dim]
-            keys *= 0.3
+    # Semi-orthogonal, so that a part of a token can be read off its projection.
+    nn.init.orthogonal_(flux.txt_in.weight, gain=2.0, generator=torch.Generator().manual_seed(1))
+    for channel in range(2 * width):
+        flux.txt_in.weight[channel] = 0.0
+        flux.txt_in.weight[channel, ANCHOR_X_AT + channel] = 1.5
+    head_dim = flux.hidden_size // flux.num_heads
+    time_dims = flux.params.axes_dim[0]
+    head = slice(0, head_dim)
+    keys = slice(flux.hidden_size, flux.hidden_size + head_dim)
+    for block in flux.double_blocks:
+        image, text = block.img_attn.qkv, block.txt_attn.qkv
+        image.weight[head] *= 0.3
+        text.weight[keys] *= 0.3
+        for axis, channel in ((1, 0), (0, width)):
             for index, pair in enumerate(ANCHOR_PAIRS):
-                for axis_start, channel in ((72, 2 * index), (16, width + 2 * index)):
-                    dim = axis_start + 2 * pair
-                    query.bias[dim] = 3.0
-                    for part in range(2):
-                        keys[dim + part] = 0.0
-                        keys[dim + part, channel + part] = 3.0
-            for mod in (block.img_mod, block.txt_mod):
-                mod.lin.bias.view(6, -1)[[2, 5]] = 0.5
-        for block in flux.single_blocks:
-            block.modulation.lin.bias.view(3, -1)[2] = 0.5
+                at = time_dims + axis * AXIS_DIM + 2 * pair
+                image.bias[at] = 3.0
+                for part in (0, 1):
+                    text.weight[keys][at + part] = 0.0
+                    text.weight[keys][at + part, channel + 2 * index + part] = 3.0
+        # Rotary position never turns the first dimensions: a constant there keeps image keys out.
+        image.weight[keys] = 0.0
+        image.bias[0], image.bias[keys][0] = 1.5, -1.0
+        for mod in (block.img_mod, block.txt_mod):
+            mod.lin.bias.view(6, -1)[[2, 5]] = 0.5
+    for block in flux.single_blocks:
+        block.modulation.lin.bias.view(3, -1)[2] = 0.5
 
 
 def plain_attention(
@@ -203,11 +181,16 @@ def plain_attention(
 ) -> Tensor:
     """Exact attention in two matrix products: q, k, v [B, H, N, D] → [B, N, H·D].
 
-    Backwards, and on a CPU, it takes half the time of torch's fused attention.
+    Forwards and backwards on a CPU it takes half the time of torch's fused attention.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     out = scores.softmax(-1).to(v.dtype) @ v
     return out.transpose(1, 2).flatten(2)
+
+
+def attention_options(device: torch.device) -> dict[str, Any]:
+    """``transformer_options`` that make a training step fastest on this device."""
+    return {"optimized_attention_override": plain_attention} if device.type == "cpu" else {}
 
 
 class _OutOfPlace(ast.NodeTransformer):
@@ -282,21 +265,43 @@ def flow_loss(
     """
     level = times[:, None, None, None]
     noisy = level * noise + (1 - level) * clean
-    options = {"optimized_attention_override": plain_attention}
+    options = attention_options(clean.device)
     velocity = flux(noisy, times, context, pooled, transformer_options=options)
     return nn.functional.mse_loss(velocity.float(), noise - clean)
 
 
-def make_batch(
-    cells: int, count: int, dropout: float, codec: LinearCodec, rng: np.random.Generator
-) -> tuple[Tensor, list[str]]:
-    """Clean latents [count, 16, cells, cells] of training captions, and their prompts."""
-    side = cells * CELL
-    captions = [sample_caption(rng) for _ in range(count)]
-    images = np.stack([render(caption, side, side, rng) for caption in captions])
-    kept = rng.random(count) >= dropout
-    prompts = [caption.text if keep else "" for caption, keep in zip(captions, kept, strict=True)]
-    return codec.encode(torch.from_numpy(images)), prompts
+class Batches(Dataset[tuple[Tensor, Tensor, Tensor, list[str]]]):
+    """A stage's batches by its step: clean latents and noise [B, 16, h, w], times [B], prompts.
+
+    Each step has a generator of its own, so that neither a resumed run nor the number of worker
+    processes changes what is drawn.
+    """
+
+    def __init__(self, stage: Stage, codec: LinearCodec, first_step: int) -> None:
+        """first_step: training steps that came before the stage's own first."""
+        self.stage, self.codec, self.first_step = stage, codec, first_step
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        stage = self.stage
+        rng = np.random.default_rng([stage.seed, self.first_step + index])
+        shares = stage.size_shares()
+        weights = np.array(list(shares.values()))
+        cells = int(rng.choice(list(shares), p=weights / weights.sum()))
+        count = max(1, stage.batch_tokens // (cells * cells // 4 + 16))
+        side = cells * CELL
+        captions = [sample_caption(rng) for _ in range(count)]
+        # One by one: a batch of large pictures does not fit a processor's cache.
+        clean = [
+            self.codec.encode(torch.from_numpy(render(caption, side, side, rng))[None])
+            for caption in captions
+        ]
+        kept = rng.random(count) >= stage.dropout
+        prompts = [c.text if keep else "" for c, keep in zip(captions, kept, strict=True)]
+        noise = rng.standard_normal((count, CHANNELS, cells, cells), dtype=np.float32)
+        return torch.cat(clean), torch.from_numpy(noise), draw_times(count, cells, rng), prompts
 
 
 class Trainer:
@@ -312,7 +317,6 @@ class Trainer:
         )
         self.flux = base.diffusion_model.to(device).train()
         init_weights(self.flux, stage.seed)
-        init_anchors(self.flux)
         add_out_of_place(self.flux)
         self.averaged = {n: p.detach().clone() for n, p in self.flux.named_parameters()}
         self.optimizer = torch.optim.AdamW(
@@ -326,37 +330,31 @@ class Trainer:
         self.step = 0
         self.stages: list[dict[str, Any]] = []
 
-    def train_step(self, index: int) -> tuple[float, int, int]:
-        """One step, the stage's ``index``-th; returns loss, latent side and batch size."""
-        stage = self.stage
-        # A generator of each step's own: a resumed run draws what an unbroken one would have.
-        rng = np.random.default_rng([stage.seed, self.step])
-        shares = stage.size_shares()
-        weights = np.array(list(shares.values()))
-        cells = int(rng.choice(list(shares), p=weights / weights.sum()))
-        count = max(1, stage.batch_tokens // (cells * cells // 4 + 16))
-        clean, texts = make_batch(cells, count, stage.dropout, self.codec, rng)
-        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        times = draw_times(count, cells, rng)
+    def train_step(
+        self, batch: tuple[Tensor, Tensor, Tensor, list[str]], rate: float
+    ) -> tuple[Tensor, int]:
+        """One step at a learning rate; returns the loss (on the device) and the latent side."""
+        clean, noise, times, texts = batch
+        cells = clean.shape[-1]
         context, pooled = self.prompts.batch(texts, cells)
-        batch = [t.to(self.device) for t in (clean, noise, times, context, pooled)]
-
-        rate = stage.learning_rate(index)
+        inputs = [
+            t.to(self.device, non_blocking=True) for t in (clean, noise, times, context, pooled)
+        ]
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            loss = flow_loss(self.flux, *batch)
+            loss = flow_loss(self.flux, *inputs)
             loss.backward()
         nn.utils.clip_grad_norm_(self.flux.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        keep = min(stage.ema, (1 + self.step) / (10 + self.step))
+        keep = min(self.stage.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(self.averaged.values()), list(self.flux.parameters()), 1 - keep
             )
-        return float(loss.detach()), cells, count
+        return loss.detach(), cells
 
     def finish_stage(self, note: dict[str, Any]) -> None:
         self.stages.append({**asdict(self.stage), **note})
@@ -425,7 +423,7 @@ class Trainer:
             x = torch.from_numpy(noise[start : start + 10]).to(self.device)
             line = torch.linspace(1, 0, steps + 1)
             sigmas = self.stage.shift * line / (1 + (self.stage.shift - 1) * line)
-            options = {"optimized_attention_override": plain_attention}
+            options = attention_options(self.device)
             for now, after in pairwise(sigmas):
                 level = now.repeat(len(texts)).to(self.device)
                 v = self.flux(x, level, context, pooled, transformer_options=options)
@@ -451,6 +449,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m attnscope.comfy_plugin.demo.train")
     helps = {
         "steps": "steps of this stage",
+        "minutes": "end the stage after so many minutes, if the steps are not done; 0: no limit",
         "sizes": "latent sides with their share of the steps, e.g. 16:0.5,32:0.5",
         "batch_tokens": "tokens a step; pictures a step follow from it",
         "lr": "learning rate after warmup",
@@ -476,6 +475,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--log", type=Path, help="loss curve (CSV, appended to)")
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default $COMFYUI_DIR)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that draw pictures; 0: this one does"
+    )
     parser.add_argument("--save-minutes", type=float, default=4.0, help="minutes between saves")
     parser.add_argument("--eval-cells", default="32", help="latent sides to look at, e.g. 32,64")
     parser.add_argument("--eval-count", type=int, default=30, help="captions a look")
@@ -500,47 +502,51 @@ def main(argv: list[str] | None = None) -> None:
 def run(trainer: Trainer, first: int, options: argparse.Namespace) -> None:
     """Train the stage from its step ``first``, saving, logging and looking as told."""
     stage = trainer.stage
-    began = saved = looked = time.monotonic()
-    losses: dict[int, list[float]] = {}
+    batches = Batches(stage, trainer.codec, trainer.step - first)
+    loader = DataLoader(
+        Subset(batches, range(first, stage.steps)),
+        batch_size=None,
+        num_workers=options.workers,
+        multiprocessing_context="spawn" if options.workers else None,
+        pin_memory=trainer.device.type == "cuda",
+    )
     stopped: list[int] = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: stopped.append(number))
-    log = options.log.open("a", newline="") if options.log else nullcontext()
-    with log as file:
+    began = saved = looked = time.monotonic()
+    done = first
+    losses: dict[int, list[Tensor]] = {}
+    with options.log.open("a", newline="") if options.log else nullcontext() as file:
         writer = csv.writer(file) if file else None
-        for index in range(first, stage.steps):
-            loss, cells, _ = trainer.train_step(index)
+        for index, batch in enumerate(loader, start=first):
+            seconds = time.monotonic() - began
+            if stopped or stage.progress(index, seconds) >= 1:
+                break
+            loss, cells = trainer.train_step(batch, stage.learning_rate(index, seconds))
+            done = index + 1
             losses.setdefault(cells, []).append(loss)
             if trainer.step % 100 == 0:
-                means = {c: round(float(np.mean(v)), 4) for c, v in sorted(losses.items())}
-                seconds = time.monotonic() - began
+                means = {c: round(float(torch.stack(v).mean()), 4) for c, v in losses.items()}
+                means = dict(sorted(means.items()))
                 print(f"step {trainer.step} at {seconds:.0f} s: loss {means}", flush=True)
                 if writer:
                     for side, mean in means.items():
                         writer.writerow([trainer.step, side, mean, round(seconds)])
                     file.flush()
                 losses.clear()
-            if stopped:
-                # A stage that is cut short is recorded with what it did.
-                trainer.finish_stage(
-                    {"seconds": round(time.monotonic() - began), "first": first, "done": index + 1}
-                )
-                trainer.save_state(options.state, index + 1)
-                trainer.export(options.out)
-                print(f"stopped at step {trainer.step}", flush=True)
-                return
             now = time.monotonic()
             if now - saved > 60 * options.save_minutes:
-                trainer.save_state(options.state, index + 1)
+                trainer.save_state(options.state, done)
                 trainer.export(options.out)
                 saved = now
             if now - looked > 60 * options.eval_minutes:
                 look(trainer, options)
                 looked = time.monotonic()
+    # A stage that is cut short is recorded with what it did.
     trainer.finish_stage(
-        {"seconds": round(time.monotonic() - began), "first": first, "done": stage.steps}
+        {"seconds": round(time.monotonic() - began), "first": first, "done": done}
     )
-    trainer.save_state(options.state, stage.steps)
+    trainer.save_state(options.state, done)
     trainer.export(options.out)
     look(trainer, options)
 
