@@ -258,11 +258,6 @@ class RevisionPushed(Message):
     number: Count
     variant: Name
     settings: dict[str, Any]
-    instance_revision: int | None = Field(
-        None,
-        description="set when it comes from the instance-wide settings, which the plugin "
-        "keeps for its later runs",
-    )
 
 
 class InstanceSettings(Message):

@@ -46,6 +46,13 @@ def sampled_indices(length: int, samples: int, seed: int, device: torch.device) 
         return indices.to(device)
 
 
+@lru_cache(maxsize=16)
+def _percentile_marks(device: torch.device) -> torch.Tensor:
+    """Kept, since copying them to a GPU at each call would wait for all that runs there."""
+    with torch.inference_mode(False):
+        return torch.tensor([0.01, 0.5, 0.99], device=device)
+
+
 def nmse(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Σ (out - exact)² / Σ exact², over all elements. 0-dimensional float32."""
     error = (out.float() - exact.float()).square().sum()
@@ -87,7 +94,7 @@ def qk_statistics(
         spread = centred.square().nanmean().sqrt()
     flat = logits.flatten()
     flat = flat[:: max(1, flat.numel() // _PERCENTILE_VALUES)]
-    marks = torch.tensor([0.01, 0.5, 0.99], device=flat.device)
+    marks = _percentile_marks(flat.device)
     low, middle, high = (
         torch.quantile(flat, marks) if mask is None else torch.nanquantile(flat, marks)
     )

@@ -120,8 +120,6 @@ def open_messages(session: Session, instance_id: str, after: int = 0) -> list[Ma
                 number=revision.number,
                 variant=revision.variant,
                 settings=revision.settings,
-                # These are one run's settings; what later runs begin with goes out by itself.
-                instance_revision=None,
             )
         )
     interrupted = select(models.Run).where(

@@ -23,7 +23,8 @@ def push(services: Services, run_id: str, base: int, wanted: Mapping[str, Any]) 
 
     Args:
         base: number of the newest revision that the caller has seen.
-        wanted: settings to change; the others keep their value of the base revision.
+        wanted: settings to change; the others keep their value of the newest revision that was
+            not rejected.
 
     Raises:
         ProblemError: no such run (404); it does not run (409 ``run-ended``); the caller has not
@@ -43,18 +44,19 @@ def push(services: Services, run_id: str, base: int, wanted: Mapping[str, Any]) 
                 "changed the settings: look at them and send yours again.",
                 current=serial.revision(newest, run_id),
             )
-        before = validation.settings(run.variant, newest.settings, "settings.")
-        merged = {**newest.settings, **wanted}
+        standing = revisions.newest_standing(tx.session, run.id)
+        before = validation.settings(run.variant, standing.settings, "settings.")
+        merged = {**standing.settings, **wanted}
         after = validation.settings(run.variant, merged, "settings.")
         changed = after.changed_from(before)
         _must_be_live(before, changed)
-        if not changed and newest.state != RevisionState.REJECTED.value:
+        if not changed:
             raise FieldErrors(
                 [
                     FieldProblem(
                         field="settings",
                         value=shorten(dict(wanted)),
-                        allowed=f"at least one value that differs from revision {base}",
+                        allowed=f"at least one value that differs from revision {standing.number}",
                     )
                 ]
             )

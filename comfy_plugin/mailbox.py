@@ -169,8 +169,6 @@ class Mailbox:
             return
         run = self._find_run(message.run_id)
         if isinstance(message, RevisionPushed):
-            if message.instance_revision is not None:
-                self._shelf.put(message.variant, message.instance_revision, message.settings)
             if run is not None:
                 run.offer(message)
         elif run is not None:

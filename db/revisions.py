@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from . import models
 
 OPEN_STATES = ("pending", "delivered")
+DROPPED_STATES = ("rejected", "expired")
 
 
 def of_run(session: Session, run: int) -> Sequence[models.Revision]:
@@ -29,6 +30,17 @@ def numbered(session: Session, run: int, number: int) -> models.Revision | None:
         models.Revision.run == run, models.Revision.number == number
     )
     return session.scalar(query)
+
+
+def newest_standing(session: Session, run: int) -> models.Revision:
+    """The newest revision that holds or may yet: what later changes are made on top of."""
+    query = (
+        select(models.Revision)
+        .where(models.Revision.run == run, models.Revision.state.not_in(DROPPED_STATES))
+        .order_by(models.Revision.number.desc())
+        .limit(1)
+    )
+    return session.scalars(query).one()
 
 
 def open_of_run(session: Session, run: int) -> Sequence[models.Revision]:

@@ -209,7 +209,7 @@ NETWORK_DOWN = (
 
 
 ERROR_LINE = re.compile(
-    r"^\s*(?:npm error|ERROR:|\w*Error:) +(?!code |A complete log)(\S.*)$", re.MULTILINE
+    r"^\s*(?:npm error|ERROR:|error:|\w*Error:) +(?!code |A complete log|subprocess-exited)(\S.*)$", re.MULTILINE
 )
 
 
@@ -224,7 +224,7 @@ def explain(output: str, tool: str, log: Path) -> Failure:
             f"{tool} could not reach its package index: check the network, or {tool}'s proxy and "
             f"index settings, and run again ({tool}'s log: {where})."
         )
-    errors = ERROR_LINE.findall(output)
+    errors = ERROR_LINE.findall(output) or output.strip().splitlines()[-1:]
     # pip ends with the error that counts; npm begins with it and goes on to explain itself.
     told = (errors[0] if tool == "npm" else errors[-1]) if errors else "no message"
     return Failure(f"{tool} failed with «{told}»: see {where}, and run again when it is mended.")

@@ -315,8 +315,10 @@ class Trainer:
         base = build_base_model(
             {"unet": UNET_CONFIG, "shift": stage.shift}, self.codec, dtype=torch.float32
         )
-        self.flux = base.diffusion_model.to(device).train()
+        # Filled on the CPU, so that a seed means the same weights on every device.
+        self.flux = base.diffusion_model.cpu().train()
         init_weights(self.flux, stage.seed)
+        self.flux.to(device)
         add_out_of_place(self.flux)
         self.averaged = {n: p.detach().clone() for n, p in self.flux.named_parameters()}
         self.optimizer = torch.optim.AdamW(

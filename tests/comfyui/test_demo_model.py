@@ -183,19 +183,29 @@ def trainer(comfyui: Path) -> Any:
     return lambda: Trainer(stage, torch.device("cpu"), codec)
 
 
+def train(trainer: Any, indices: range) -> list[float]:
+    """Train the stage's steps; returns their losses."""
+    from attnscope.comfy_plugin.demo.train import Batches
+
+    batches = Batches(trainer.stage, trainer.codec, trainer.step - indices[0])
+    rates = [trainer.stage.learning_rate(index, seconds=0.0) for index in indices]
+    return [
+        float(trainer.train_step(batches[index], rate)[0])
+        for index, rate in zip(indices, rates, strict=True)
+    ]
+
+
 def test_training_resumes_as_if_unbroken(trainer: Any, tmp_path: Path) -> None:
     unbroken = trainer()
-    losses = [unbroken.train_step(index)[0] for index in range(4)]
+    losses = train(unbroken, range(4))
     assert all(np.isfinite(losses))
 
     first = trainer()
-    for index in range(2):
-        first.train_step(index)
+    train(first, range(2))
     first.save_state(tmp_path / "state.safetensors", 2)
     second = trainer()
     assert second.load_state(tmp_path / "state.safetensors") == 2
-    again = [second.train_step(index)[0] for index in (2, 3)]
-    assert again == pytest.approx(losses[2:], rel=1e-4)
+    assert train(second, range(2, 4)) == pytest.approx(losses[2:], rel=1e-4)
     for name, value in unbroken.averaged.items():
         torch.testing.assert_close(second.averaged[name], value, rtol=1e-3, atol=1e-5)
 
@@ -231,3 +241,14 @@ def test_training_command_line(tmp_path: Path) -> None:
     assert parsed.steps == 3 and parsed.batch_tokens == Stage().batch_tokens
     with pytest.raises(ValueError, match="even latent sides"):
         Stage(sizes="15:1").size_shares()
+
+
+def test_a_stage_ends_by_steps_or_by_time() -> None:
+    from attnscope.comfy_plugin.demo.train import Stage
+
+    timed = Stage(steps=100, minutes=2, lr=1.0, lr_end=0.0, warmup=0)
+    assert timed.progress(25, seconds=30) == 0.25
+    assert timed.progress(25, seconds=90) == 0.75
+    assert timed.learning_rate(25, seconds=90) == pytest.approx(0.25)
+    assert timed.progress(1, seconds=121) == 1
+    assert Stage(steps=100).progress(50, seconds=1e6) == 0.5

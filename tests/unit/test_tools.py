@@ -122,6 +122,12 @@ def test_too_little_disk_space_is_refused_before_the_work(
             "No matching distribution",
         ),
         ("error during build:\nError: Failed to resolve /src/main.ts", "«Failed to resolve"),
+        (
+            "error: subprocess-exited-with-error\n  error: package directory './x' does not exist\n"
+            "note: not a problem with pip.\nerror: subprocess-exited-with-error",
+            "«package directory './x' does not exist»",
+        ),
+        ("the tool was\nkilled", "«killed»"),
         ("", "no message"),
     ],
 )

@@ -5,7 +5,6 @@ import {
   expectedSettings,
   newestOf,
   restored,
-  settingsToSend,
   stateText,
   undone,
   withRevision,
@@ -41,11 +40,6 @@ describe('after a rejected revision', () => {
   it('expects the settings in force', () => {
     expect(expectedSettings(rejected, { P: 3, eps: 1 })).toEqual({ P: 3, eps: 1 })
     expect(expectedSettings(revision(2, { state: 'pending' }), { P: 9 })).toEqual({ P: 3 })
-  })
-
-  it('does not send its values along', () => {
-    expect(settingsToSend({ eps: 2 }, { P: 3, eps: 1 }, rejected.settings)).toEqual({ P: 3, eps: 2 })
-    expect(settingsToSend({ eps: 2 }, { P: 7, eps: 1 }, rejected.settings)).toEqual({ eps: 2 })
   })
 })
 

@@ -50,15 +50,6 @@ export function expectedSettings(newest: Revision | null, inForce: Settings): Se
   return newest && !dropped ? newest.settings : inForce
 }
 
-/**
- * What must be sent so that `wanted` comes about: settings left out keep the newest revision's
- * value, be it one that was rejected.
- */
-export function settingsToSend(wanted: Settings, expected: Settings, newest: Settings): Settings {
-  const leftover = Object.entries(expected).filter(([name, value]) => newest[name] !== value)
-  return { ...Object.fromEntries(leftover), ...wanted }
-}
-
 export function newestOf(revisions: readonly Revision[]): Revision | null {
   return revisions.reduce<Revision | null>(
     (newest, item) => (newest && newest.number > item.number ? newest : item),

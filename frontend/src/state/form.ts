@@ -2,7 +2,7 @@ import { computed, ref, watch, type Ref } from 'vue'
 
 import { ApiError, messageOf, request } from '../lib/api/client'
 import type { Instance, Revision, VariantSchema } from '../lib/api/schema'
-import { expectedSettings, newestOf, settingsToSend } from '../lib/revisions'
+import { expectedSettings, newestOf } from '../lib/revisions'
 import { diff, readDraft, type Changes, type Draft, type Settings } from '../lib/settings'
 import type { RunState } from './run'
 
@@ -115,10 +115,7 @@ export function useSettingsForm(
     const id = state.run.value?.run_id ?? ''
     const revision = await request<Revision>(`/runs/${id}/settings`, {
       method: 'PUT',
-      body: {
-        base_revision: baseRevision,
-        settings: settingsToSend(settings, expected.value, newest.value?.settings ?? {}),
-      },
+      body: { base_revision: baseRevision, settings },
     })
     state.takeRevision(revision)
   }
