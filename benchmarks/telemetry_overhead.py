@@ -172,9 +172,7 @@ class Sampler:
         return Figures(on, off)
 
 
-def compare(
-    what: str, receiver: Callable[[], Any], pairs: int, **settings: Any
-) -> float:
+def compare(what: str, receiver: Callable[[], Any], pairs: int, **settings: Any) -> float:
     """Measure against a receiver, and print both sides."""
     with receiver() as url, tempfile.TemporaryDirectory() as folder:
         figures = Sampler(url, Path(folder), **settings).measure(pairs)

@@ -112,9 +112,7 @@ class _Sampling:
 
     _POSITIONS = ("guider", "sigmas", "extra_args", "callback", "noise")
 
-    def __init__(
-        self, plan: Plan, executor: Any, args: list[Any], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, plan: Plan, executor: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
         self.args = args
         self.kwargs = kwargs
         self._plugin = get_plugin()

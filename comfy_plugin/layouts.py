@@ -73,9 +73,7 @@ class AttentionCall:
 def _heads_out(tensor: torch.Tensor, heads: int, split: bool) -> torch.Tensor:
     if split:
         if tensor.ndim != 4 or tensor.shape[1] != heads:
-            raise Unreadable(
-                Fallback.LAYOUT, f"{tuple(tensor.shape)} is not [B, {heads}, N, D]"
-            )
+            raise Unreadable(Fallback.LAYOUT, f"{tuple(tensor.shape)} is not [B, {heads}, N, D]")
         return tensor
     if tensor.ndim != 3 or tensor.shape[2] % heads:
         raise Unreadable(Fallback.LAYOUT, f"{tuple(tensor.shape)} is not [B, N, {heads}·D]")

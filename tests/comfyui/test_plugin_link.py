@@ -183,9 +183,11 @@ def test_a_full_spool_drops_steps_and_tells_how_many(
     assert 0 < len(steps) < 20
     assert steps == sorted(steps) and steps[-1] == 19
     wait_for(
-        lambda: len(steps)
-        + sum(event.count for event in receiver.run() if event.kind == "events_lost")
-        == 20,
+        lambda: (
+            len(steps)
+            + sum(event.count for event in receiver.run() if event.kind == "events_lost")
+            == 20
+        ),
         what="the report of every lost step",
     )
 

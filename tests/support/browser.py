@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from chromium import ensure_chromium  # noqa: E402
+from chromium import ensure_chromium
 
 QUIET = (
     "--disable-gpu",
