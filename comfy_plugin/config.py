@@ -167,8 +167,8 @@ def load_config(
     """
     environment = os.environ if environment is None else environment
     config = Config()
-    for name in FILE_NAMES if user_folder is not None else ():
-        path = Path(user_folder) / name
+    files = [Path(user_folder) / name for name in FILE_NAMES] if user_folder is not None else []
+    for path in files:
         if path.is_file():
             values = read_file(path)
             config = _apply(config, values, {key: f"{path}: {key}" for key in values})

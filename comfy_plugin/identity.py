@@ -178,7 +178,8 @@ def model_info(
     """What is sampled: its layers now, and the rest when it is asked for, on any thread."""
     inner = getattr(model_patcher, "model", None)
     diffusion_model = getattr(inner, "diffusion_model", None)
-    layers = _try(lambda: model_layers(diffusion_model), ())
+    nothing: tuple[LayerId, ...] = ()
+    layers = _try(lambda: model_layers(diffusion_model), nothing)
     return layers, lambda: _describe(diffusion_model, layers, place)
 
 
@@ -214,6 +215,7 @@ def sampling_info(
     if name is None:
         name = sampler_function(sampler).removeprefix("sample_").removesuffix("_function")
     cfg = getattr(guider, "cfg", None)
+    unknown: list[int] = []
     if seed is None:
         seed = _literal(inputs, ("seed", "noise_seed"), (int,))
     return SamplingInfo(
@@ -222,7 +224,7 @@ def sampling_info(
         seed=seed if isinstance(seed, int) else None,
         cfg=float(cfg) if isinstance(cfg, (int, float)) else None,
         denoise=_literal(inputs, ("denoise",), (float, int)),
-        latent_shape=_try(lambda: [int(size) for size in noise.shape][:8], []),
+        latent_shape=_try(lambda: [int(size) for size in noise.shape][:8], unknown),
         prompt_id=place.prompt_id,
         node_id=place.node_id,
         list_index=place.list_index,

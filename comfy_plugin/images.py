@@ -97,7 +97,7 @@ def image_event(
         run_id=run_id,
         seq=seq,
         at=at,
-        image_kind=kind,  # type: ignore[arg-type]
+        image_kind=kind,
         step=step,
         media_type="image/jpeg",
         width=width,

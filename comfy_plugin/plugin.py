@@ -178,7 +178,8 @@ class Plugin:
 def our_nodes_above(place: Place) -> list[str]:
     """Ids of our own nodes that the sampler's model comes through."""
     found: list[str] = []
-    queue, seen = [str(place.node_id)], set()
+    queue = [str(place.node_id)]
+    seen: set[str] = set()
     while queue and len(seen) < 500:
         node_id = queue.pop(0)
         if node_id in seen:

@@ -197,7 +197,7 @@ class Run:
                 run_id=run_id,
                 seq=seq,
                 at=at,
-                status=status,  # type: ignore[arg-type]
+                status=status,
                 error=error[:2000],
                 duration_ms=duration_ms,
             )
@@ -278,7 +278,7 @@ class Run:
                 seq=seq,
                 at=at,
                 revision_id=revision_id,
-                state=state,  # type: ignore[arg-type]
+                state=state,
                 step=step,
                 reason=reason[:500],
             )

@@ -124,7 +124,9 @@ def _make_view(connection: Connection) -> None:
     connection.execute(
         text(
             f"CREATE VIEW {READABLE_VIEW} AS SELECT runs.run_id, layer_steps.step, "
+            "steps.sigma, steps.revision, "
             f"run_layers.name AS layer, {columns} FROM layer_steps "
+            "JOIN steps ON steps.run = layer_steps.run AND steps.step = layer_steps.step "
             "JOIN runs ON runs.id = layer_steps.run "
             "JOIN run_layers ON run_layers.run = layer_steps.run "
             "AND run_layers.layer = layer_steps.layer"

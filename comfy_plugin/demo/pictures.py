@@ -107,7 +107,8 @@ def _draw_radius(thing: Thing, rng: np.random.Generator) -> float:
 
 def _item(thing: Thing, x: float, y: float, radius: float, rng: np.random.Generator) -> Item:
     colour = np.clip(np.array(PALETTE[thing.colour]) + rng.uniform(-0.02, 0.02, 3), 0, 1)
-    return Item(tuple(float(c) for c in colour), thing.shape, float(x), float(y), radius)
+    red, green, blue = colour.tolist()
+    return Item((red, green, blue), thing.shape, float(x), float(y), radius)
 
 
 def _clamp(value: float, low: float, high: float) -> float:

@@ -99,7 +99,7 @@ def import_comfy(folder: Path | None) -> None:
         comfy.cli_args.args.cpu = True
 
 
-def init_weights(flux: nn.Module, seed: int) -> None:
+def init_weights(flux: Any, seed: int) -> None:
     """Fill an uninitialised Flux: Xavier, modulations at zero (adaLN-zero), a head start."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in flux.named_parameters():
@@ -117,7 +117,7 @@ def init_weights(flux: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def _init_pass_through(flux: nn.Module) -> None:
+def _init_pass_through(flux: Any) -> None:
     """Start with the output equal to the input: most of a velocity is the noise itself.
 
     Input and output share one orthonormal basis. The input's bias, orthogonal to it and large,
@@ -138,7 +138,7 @@ def _init_pass_through(flux: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _init_anchor_heads(flux: nn.Module) -> None:
+def _init_anchor_heads(flux: Any) -> None:
     """Start head 0 of every double block as a finder of places (see ``prompt``).
 
     An image token's query begins nearly constant in the anchors' rotary pairs and a text token's
@@ -204,7 +204,7 @@ class _OutOfPlace(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], value), node)
 
 
-def add_out_of_place(flux: nn.Module) -> None:
+def add_out_of_place(flux: Any) -> None:
     """Make the blocks' residual additions differentiable, on these instances alone.
 
     ComfyUI's blocks add in place to tensors that a backward pass still needs. Torch's own remedy
@@ -252,7 +252,7 @@ class Prompts:
 
 
 def flow_loss(
-    flux: nn.Module,
+    flux: Any,
     clean: Tensor,
     noise: Tensor,
     times: Tensor,
@@ -531,7 +531,7 @@ def run(trainer: Trainer, first: int, options: argparse.Namespace) -> None:
                 means = {c: round(float(torch.stack(v).mean()), 4) for c, v in losses.items()}
                 means = dict(sorted(means.items()))
                 print(f"step {trainer.step} at {seconds:.0f} s: loss {means}", flush=True)
-                if writer:
+                if writer and file:
                     for side, mean in means.items():
                         writer.writerow([trainer.step, side, mean, round(seconds)])
                     file.flush()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
-import types
 import typing
 from typing import Any, Literal
 
@@ -14,8 +12,6 @@ from pydantic.fields import FieldInfo
 
 from ...attention.settings import VariantSettings
 from ..mailbox import refusal
-
-_INT_MOST = 2**53 - 1
 
 
 def _limit(field: FieldInfo, name: str) -> Any:
@@ -57,27 +53,24 @@ def setting_input(name: str, field: FieldInfo) -> Any:
         return _made(io.Combo, name, options=list(typing.get_args(kind)), **options)
     if kind is bool:
         return _made(io.Boolean, name, **options)
-    step = extra.get("step")
-    least, most = _limit(field, "ge"), _limit(field, "le")
-    if kind is int:
-        if least is None and _limit(field, "gt") is not None:
-            least = _limit(field, "gt") + 1
-        return _made(
-            io.Int, name, min=-_INT_MOST if least is None else least,
-            max=_INT_MOST if most is None else most, step=int(step or 1), **options,
-        )  # fmt: skip
-    if kind is float:
-        step = float(step or 0.01)
-        if least is None and _limit(field, "gt") is not None:
-            # The page knows no open ends: the smallest value is a step inside.
-            least = _limit(field, "gt") + step
-        return _made(
-            io.Float, name, min=-math.inf if least is None else float(least),
-            max=math.inf if most is None else float(most), step=step, round=step, **options,
-        )  # fmt: skip
-    if isinstance(kind, types.UnionType) or kind is None:
-        raise TypeError(f"{name}: settings of type {kind} have no input")
+    if kind is int or kind is float:
+        return _number(name, field, kind, float(str(extra.get("step") or 0)), options)
     raise TypeError(f"{name}: settings of type {kind} have no input")
+
+
+def _number(name: str, field: FieldInfo, kind: type, step: float, options: dict[str, Any]) -> Any:
+    """The input of a number, which must have both ends: JSON has no infinity for the page."""
+    step = step or (1 if kind is int else 0.01)
+    least, most, above = (_limit(field, limit) for limit in ("ge", "le", "gt"))
+    if least is None and above is not None:
+        # The page knows no open ends: the smallest value is a step inside.
+        least = above + step
+    if least is None or most is None:
+        raise TypeError(f"{name}: a number needs a least and a greatest value to have an input")
+    limits = {"min": kind(least), "max": kind(most), "step": kind(step)}
+    if kind is int:
+        return _made(io.Int, name, **limits, **options)
+    return _made(io.Float, name, **limits, round=step, **options)
 
 
 def settings_inputs(model: type[VariantSettings]) -> list[Any]:

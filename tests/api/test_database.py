@@ -136,12 +136,12 @@ def test_a_person_can_query_the_readable_view(api: Any) -> None:
     file = api.services.config.data_dir / "attnscope.db"
     connection = sqlite3.connect(file)
     rows = connection.execute(
-        "SELECT layer, nmse, nan_metrics, calls_fallback FROM layer_steps_readable "
-        "WHERE run_id = ? ORDER BY layer DESC",
+        "SELECT layer, sigma, revision, nmse, nan_metrics, calls_fallback "
+        "FROM layer_steps_readable WHERE run_id = ? ORDER BY layer DESC",
         (script.run_id,),
     ).fetchall()
     connection.close()
-    assert rows == [("single.1", 0.5, None, 1), ("single.0", None, "nmse", 1)]
+    assert rows == [("single.1", 1.0, 0, 0.5, None, 1), ("single.0", 1.0, 0, None, "nmse", 1)]
 
 
 def test_every_table_can_be_made_in_postgresql() -> None:

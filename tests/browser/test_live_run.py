@@ -68,9 +68,8 @@ def test_a_live_run_is_watched_steered_and_survives_a_reload(page: Page, stack: 
     expect(page.get_by_test_id("run-status")).to_have_text(re.compile("completed", re.I))
 
     rows = stack.sql(
-        "SELECT l.step, s.sigma, s.revision, l.calls, l.calls_variant, l.calls_gated "
-        "FROM layer_steps_readable l JOIN steps_readable s USING (run_id, step) "
-        "WHERE l.run_id = ?",
+        "SELECT step, sigma, revision, calls, calls_variant, calls_gated "
+        "FROM layer_steps_readable WHERE run_id = ?",
         run_id,
     )
     assert len(rows) == STEPS * len(run["layers"])
@@ -101,7 +100,10 @@ def test_the_server_is_killed_mid_run_and_nothing_is_missing(page: Page, stack: 
     run = stack.ended_run(prompt)
     assert run["status"] == "completed"
     assert run["events_lost"] == 0
-    steps = stack.sql("SELECT step FROM steps_readable WHERE run_id = ? ORDER BY step", run_id)
+    steps = stack.sql(
+        "SELECT step FROM steps JOIN runs ON runs.id = steps.run WHERE run_id = ? ORDER BY step",
+        run_id,
+    )
     assert [row["step"] for row in steps] == list(range(STEPS))
     layers = stack.sql(
         "SELECT count(*) AS n, count(DISTINCT step || '/' || layer) AS different "

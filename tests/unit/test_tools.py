@@ -123,7 +123,8 @@ def test_too_little_disk_space_is_refused_before_the_work(
         ),
         ("error during build:\nError: Failed to resolve /src/main.ts", "«Failed to resolve"),
         (
-            "error: subprocess-exited-with-error\n  error: package directory './x' does not exist\n"
+            "error: subprocess-exited-with-error\n"
+            "  error: package directory './x' does not exist\n"
             "note: not a problem with pip.\nerror: subprocess-exited-with-error",
             "«package directory './x' does not exist»",
         ),
