@@ -31,6 +31,7 @@ QUIET_S = 1.0
 """How long the thread stays when everything is done, so that the next run finds it."""
 
 DEVICE_POLL_S = 0.005
+HAND_OVER_S = 0.005
 PREVIEW_WAIT_S = 0.1
 
 Chore = Callable[[], Awaitable[None]]
@@ -193,6 +194,7 @@ class Link:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell: asyncio.Event | None = None
+        self._rung: asyncio.TimerHandle | None = None
 
     @property
     def alive(self) -> bool:
@@ -215,7 +217,7 @@ class Link:
                 self._thread.start()
             elif self._loop is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._ring)
+                    self._loop.call_soon_threadsafe(self._ring_soon)
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread's end; whether it came in time. Not for the sampler's thread."""
@@ -224,7 +226,14 @@ class Link:
             thread.join(timeout)
         return not self.alive
 
+    def _ring_soon(self) -> None:
+        # At once, it would hold the interpreter while the sampler's thread still needs it: a step
+        # is handed over between two model calls. A moment later that thread waits in torch.
+        if self._rung is None and self._loop is not None:
+            self._rung = self._loop.call_later(HAND_OVER_S, self._ring)
+
     def _ring(self) -> None:
+        self._rung = None
         if self._bell is not None:
             self._bell.set()
         for channel in self._channels:
@@ -237,7 +246,7 @@ class Link:
             except Exception:
                 log.exception("AttnScope: the link to the server broke down")
             with self._lock:
-                self._loop = self._bell = None
+                self._loop = self._bell = self._rung = None
                 if not any(channel.has_work for channel in self._channels):
                     self._thread = None
                     return

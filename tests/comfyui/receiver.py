@@ -101,8 +101,9 @@ class Receiver:
         if self._server is None:
             handler.close_connection = True
             return
-        assert handler.headers["Content-Encoding"] == "gzip"
-        batch = Batch.model_validate_json(gzip.decompress(body))
+        if handler.headers["Content-Encoding"] == "gzip":
+            body = gzip.decompress(body)
+        batch = Batch.model_validate_json(body)
         with self.lock:
             self.authorization.append(handler.headers.get("Authorization"))
             refusal = self.refuse(batch)
