@@ -154,9 +154,9 @@ class _Workspace:
             filled += piece.features
         return out
 
-    def products(self, piece: Piece) -> torch.Tensor:
+    def products(self, chunk: Chunk) -> torch.Tensor:
         """Room for values times leads, ``[G, leads, Dv + 1, n]``."""
-        return self._view(self._work, piece.leads, self.plan.columns, self.x.shape[2])
+        return self._view(self._work, chunk.leads, self.plan.columns, self.x.shape[2])
 
 
 def _weigh(plan: Plan, chunk: Chunk, total: torch.Tensor, constant: bool) -> None:
@@ -180,7 +180,13 @@ def _weigh(plan: Plan, chunk: Chunk, total: torch.Tensor, constant: bool) -> Non
         for piece in chunk.pieces
     ]
     if chunk.scaled:
-        total.view(len(total), -1, plan.columns, total.shape[2]).mul_(parts[0][:, None])
+        tails, filled = total.shape[2], 0
+        scaled = total.view(len(total), -1, plan.columns, tails)
+        for piece, part in zip(chunk.pieces, parts):  # noqa: B905
+            own = scaled[:, filled : filled + piece.leads]
+            own[..., : tails - piece.tails] = 0.0
+            own[..., tails - piece.tails :] *= part[:, None]
+            filled += piece.leads
     else:
         total *= torch.cat([part.flatten() for part in parts])
 
@@ -190,11 +196,17 @@ def _add_keys(space: _Workspace, chunk: Chunk, values: torch.Tensor, total: torc
     if not chunk.scaled:
         torch.baddbmm(total, values, space.explicit(chunk).transpose(1, 2), out=total)
         return
-    (piece,) = chunk.pieces
-    scaled = torch.mul(
-        space.leads_of(piece)[:, :, None], values[:, None], out=space.products(piece)
-    )
-    torch.baddbmm(total, scaled.flatten(1, 2), space.tails_of(piece).transpose(1, 2), out=total)
+    scaled = space.products(chunk)
+    filled = 0
+    for piece in chunk.pieces:
+        torch.mul(
+            space.leads_of(piece)[:, :, None],
+            values[:, None],
+            out=scaled[:, filled : filled + piece.leads],
+        )
+        filled += piece.leads
+    tails = space.tails_of(chunk.pieces[0])
+    torch.baddbmm(total, scaled.flatten(1, 2), tails.transpose(1, 2), out=total)
 
 
 def _add_to_queries(
@@ -204,12 +216,14 @@ def _add_to_queries(
     if not chunk.scaled:
         torch.baddbmm(acc, total, space.explicit(chunk), out=acc)
         return
-    (piece,) = chunk.pieces
-    products = space.products(piece)
-    torch.bmm(total, space.tails_of(piece), out=products.flatten(1, 2))
-    leads = space.leads_of(piece)
-    for index in range(piece.leads):
-        acc.addcmul_(products[:, index], leads[:, index : index + 1])
+    products = space.products(chunk)
+    torch.bmm(total, space.tails_of(chunk.pieces[0]), out=products.flatten(1, 2))
+    filled = 0
+    for piece in chunk.pieces:
+        leads = space.leads_of(piece)
+        for index in range(piece.leads):
+            acc.addcmul_(products[:, filled + index], leads[:, index : index + 1])
+        filled += piece.leads
 
 
 def _accumulate(

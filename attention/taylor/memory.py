@@ -48,7 +48,7 @@ def _torch_bytes(
         kernel.block_size(options.block_k, keys, row_bytes, bounds.block),
     )
     most = max(
-        sum(chunk.features for chunk in stage)
+        sum(chunk.held for chunk in stage)
         for stage in stages(plan, kernel.stage_features(plan, group, size, bounds))
     )
     summing = at_a_time * per_head + row_bytes * block + group * plan.columns * most * size

@@ -13,6 +13,7 @@ occurs exactly once. A piece is such leads times such tails. It is used in one o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,10 @@ MAX_BASE = 8448
 
 MAX_ROWS = 1024
 """Rows of the working matrix at most: explicit features, or leads times values."""
+
+
+GOOD_ROWS = 128
+"""Rows from which on a matrix product is efficient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +59,29 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one matrix product takes: the base (no pieces), explicit pieces, or one scaled piece.
+    """What one matrix product takes: the base (no pieces), explicit pieces, or scaled ones.
+
+    Scaled pieces of one chunk share the tails of the first. What that computes twice gets the
+    weight 0, and is less than what a matrix product with few rows would lose.
 
     Attributes:
         pieces: see the module.
         scaled: whether the values are scaled by the leads.
-        features: how many in all.
+        features: how many in all, each counted once.
     """
 
     pieces: tuple[Piece, ...]
     scaled: bool
     features: int
+
+    @property
+    def leads(self) -> int:
+        return sum(piece.leads for piece in self.pieces)
+
+    @property
+    def held(self) -> int:
+        """Features whose sums are held, those of weight 0 included."""
+        return self.leads * self.pieces[0].tails if self.scaled else self.features
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +116,7 @@ class Plan:
     def sum_shape(self, chunk: Chunk) -> tuple[int, int]:
         """Shape of one head's sums over the keys: values, scaled or not, by tails or features."""
         if chunk.scaled:
-            (piece,) = chunk.pieces
-            return piece.leads * self.columns, piece.tails
+            return chunk.leads * self.columns, chunk.pieces[0].tails
         return self.columns, chunk.features
 
 
@@ -155,7 +171,7 @@ def make_plan(head_dim: int, value_dim: int, terms: int) -> Plan:
     base = feature_dim(head_dim, tail + 1)
     chunks = [Chunk((), False, base)]
     explicit: list[Piece] = []
-    filled = work_rows = 0
+    filled = work_rows = shared = 0
 
     def close() -> None:
         nonlocal explicit, filled, work_rows
@@ -165,17 +181,24 @@ def make_plan(head_dim: int, value_dim: int, terms: int) -> Plan:
         explicit, filled = [], 0
 
     for degree, coordinate, leads, tails in _lead_counts(head_dim, terms, tail):
-        if tails > columns:
+        if tails > columns and degree == 1 and shared:
+            shared -= 1
+            before = chunks.pop()
+            piece = Piece(degree, coordinate, 0, leads, tails)
+            chunks.append(Chunk((*before.pieces, piece), True, before.features + tails))
+            work_rows = max(work_rows, chunks[-1].leads * columns)
+        elif tails > columns:
+            shared = math.ceil(GOOD_ROWS / columns) - 1
             most = max(1, MAX_ROWS // columns)
             for piece in _cut(degree, coordinate, leads, tails, most):
                 chunks.append(Chunk((piece,), True, piece.features))
                 work_rows = max(work_rows, piece.leads * columns)
-            continue
-        for piece in _cut(degree, coordinate, leads, tails, max(1, MAX_ROWS // tails)):
-            if filled + piece.features > MAX_ROWS:
-                close()
-            explicit.append(piece)
-            filled += piece.features
+        else:
+            for piece in _cut(degree, coordinate, leads, tails, max(1, MAX_ROWS // tails)):
+                if filled + piece.features > MAX_ROWS:
+                    close()
+                explicit.append(piece)
+                filled += piece.features
     close()
     lead_rows = feature_dim(head_dim, terms - 1 - tail) if len(chunks) > 1 else 0
     scale_rows = max(
@@ -192,7 +215,7 @@ def stages(plan: Plan, limit: int) -> list[tuple[Chunk, ...]]:
     done: list[tuple[Chunk, ...]] = []
     current: list[Chunk] = []
     for chunk in plan.chunks:
-        if current and sum(c.features for c in current) + chunk.features > limit:
+        if current and sum(c.held for c in current) + chunk.held > limit:
             done.append(tuple(current))
             current = []
         current.append(chunk)
