@@ -180,3 +180,44 @@ def test_limits_fall_back_and_name_the_rejected_size(
     result = TaylorVariant().attend(q, k, v, call(**settings))
     assert result.out is None and result.fallback is reason
     assert named in result.detail
+
+
+def test_blocks_that_do_not_divide_the_head_fall_back() -> None:
+    result = TaylorVariant().attend(*tensors(), call(sub_head_blocks=3))
+    assert result.out is None and result.fallback is Fallback.HEAD_DIM
+    assert "sub_head_blocks: 3 does not divide head_dim 16" in result.detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "features"),
+    [
+        ({"feature_projection": 8}, 45),
+        ({"sub_head_blocks": 4}, 15),
+        ({"sub_head_blocks": 4, "sub_head_mode": "independent"}, 15),
+        ({"sub_head_blocks": 2, "feature_projection": 8}, 15),
+    ],
+)
+def test_the_feature_limit_counts_one_series(settings: dict[str, Any], features: int) -> None:
+    q, k, v = tensors()
+    allowed = TaylorVariant().attend(q, k, v, call(max_feature_dim_R=features, **settings))
+    refused = TaylorVariant().attend(q, k, v, call(max_feature_dim_R=features - 1, **settings))
+    assert allowed.out is not None and refused.fallback is Fallback.FEATURE_DIM
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"centre_keys": False, "centre_queries": False},
+        {"centre_queries": False},
+        {"feature_projection": 4},
+        {"sub_head_blocks": 4},
+        {"sub_head_blocks": 4, "sub_head_mode": "independent"},
+    ],
+)
+def test_every_setting_of_the_expansion_reaches_it(setting: dict[str, Any]) -> None:
+    q, k, v = tensors()
+    q, k = q + 1.0, k + 1.0
+    plain = TaylorVariant().attend(q, k, v, call()).out
+    changed = TaylorVariant().attend(q, k, v, call(**setting, fallback_on_negative=False)).out
+    assert plain is not None and changed is not None
+    assert float(nmse(changed, plain)) > 1e-5
