@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 FORMAT = "attnscope-capture"
 VERSION = "1"
@@ -75,23 +77,28 @@ def write_call(path: Path, call: CapturedCall) -> None:
     Raises:
         OSError: it can't be written.
     """
-    from safetensors.torch import save_file
-
     tensors = {"query": call.query, "key": call.key, "value": call.value}
     if call.mask is not None:
         tensors["mask"] = call.mask
     metadata = {"format": FORMAT, "version": VERSION, "info": call.info.model_dump_json()}
     part = path.with_suffix(".part")
     try:
-        save_file({name: _packed(t) for name, t in tensors.items()}, part, metadata)
+        save_file(_own_memory(tensors), part, metadata)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
-    # Tensors that share memory can't be saved; a broadcast one would share it with itself.
-    return tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
+def _own_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous on the CPU, no two of them in the same memory, which could not be saved."""
+    seen: set[int] = set()
+    packed = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        packed[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return packed
 
 
 def read_info(path: Path) -> CaptureInfo:
@@ -100,8 +107,6 @@ def read_info(path: Path) -> CaptureInfo:
     Raises:
         CaptureError: the file is missing, damaged, or none of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -136,9 +141,6 @@ def read_call(path: Path) -> CapturedCall:
     Raises:
         CaptureError: the file is missing, damaged, or none of ours.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     info = read_info(path)
     try:
         tensors = load_file(path)

@@ -165,7 +165,7 @@ class MonitorSettings(_Measured):
     capture_max_mb: int = setting(
         1024,
         Group.CAPTURE,
-        "Most that one run writes. What would exceed it is left out.",
+        "Most that one run writes. Capture ends before the call that would exceed it.",
         unit="MB",
         live=False,
         ge=1,

@@ -39,7 +39,7 @@ def test_steps(text: str, chosen: list[int]) -> None:
     "text", ["single.", "3", "single.5-2", "single.-1", "a b", ",", "all.3.1"]
 )
 def test_what_is_no_layer_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="is no layer|ends before"):
+    with pytest.raises(ValueError, match=r"is no layer|ends before"):
         Layers.parse(text)
 
 
