@@ -48,7 +48,9 @@ DESCRIPTIONS: dict[str, str] = {
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.NON_FINITE.value: "The output held NaN or infinity.",
     Fallback.FEATURE_DIM.value: "The feature dimension R exceeds max_feature_dim_R.",
-    Fallback.HEAD_DIM.value: "The head dimension exceeds max_head_dim.",
+    Fallback.HEAD_DIM.value: (
+        "The head dimension exceeds max_head_dim, or sub_head_blocks does not divide it."
+    ),
     Fallback.MASK.value: "The variant can't apply this kind of mask.",
     Fallback.LAYOUT.value: "The tensors' shapes are not of a layout that the variant knows.",
     Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",

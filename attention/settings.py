@@ -252,11 +252,61 @@ class TaylorSettings(_Measured):
         ge=1,
         le=8,
     )
+    feature_projection: int = setting(
+        0,
+        Group.APPROXIMATION,
+        "Coordinates that query and key of each head keep before the expansion, chosen for the "
+        "least expected error of q·k. 0, or as many as the head has, keeps all. Fewer allow more "
+        "terms: R = C(r + P - 1, P - 1). What is left out acts as if its logits were 0.",
+        title="feature projection r",
+        unit="coordinates",
+        ge=0,
+        le=1024,
+    )
+    centre_queries: bool = setting(
+        True,
+        Group.APPROXIMATION,
+        "Expand about the mean query: what the mean query gives each key is computed exactly, as "
+        "a weight of the key, and the series carries the rest. Changes nothing in the limit of "
+        "many terms.",
+    )
+    centre_keys: bool = setting(
+        True,
+        Group.APPROXIMATION,
+        "Take the mean key from all keys, which attention does not see and the series has less "
+        "to carry. Changes nothing in the limit of many terms.",
+    )
+    centre_values: bool = setting(
+        True,
+        Group.APPROXIMATION,
+        "Take the mean value out and add it back after the division. Without rounding it changes "
+        "nothing; with it, less is lost.",
+    )
+    sub_head_blocks: int = setting(
+        1,
+        Group.APPROXIMATION,
+        "Slices into which each head's coordinates are split, each with a series of its own; must "
+        "divide the head dimension. 1 expands the whole head, the only choice that tends to exact "
+        "attention with more terms. More make R smaller: B · C(head_dim/B + P - 1, P - 1).",
+        unit="blocks",
+        ge=1,
+        le=16,
+    )
+    sub_head_mode: Literal["independent", "shared"] = setting(
+        "shared",
+        Group.APPROXIMATION,
+        "Independent: query, key and value are split, and every slice is an attention of its own "
+        "with scale (head_dim/B)^-0.5. It is fast and another operator than attention. Shared: "
+        "one numerator over the whole value and one denominator over all slices' terms. It "
+        "approximates attention without the terms that mix slices, and with 3 slices or more "
+        "(2 or more from P = 5) even an odd P can turn denominators negative.",
+    )
 
     eps: float = setting(
         1e-6,
         Group.STABILITY,
-        "A denominator at or below eps times the number of keys counts as bad.",
+        "A denominator at or below eps times the sum of the key weights (the number of keys, "
+        "without mask and centring) counts as bad.",
         gt=0.0,
         le=1.0,
         step=1e-6,
@@ -290,17 +340,30 @@ class TaylorSettings(_Measured):
     max_feature_dim_R: int = setting(
         370_000,
         Group.MEMORY,
-        "Calls whose feature dimension R = C(head_dim + P - 1, P - 1) is larger run exact.",
+        "Calls whose feature dimension R = C(r + P - 1, P - 1), r the coordinates of one series, "
+        "is larger run exact. Memory does not grow with it, time does.",
         title="max feature dim R",
         unit="features",
         ge=1,
         le=1_000_000_000,
     )
     block_size_q: int = setting(
-        256, Group.MEMORY, "Queries per block.", unit="tokens", ge=1, le=65_536, advanced=True
+        0,
+        Group.MEMORY,
+        "Queries per block. 0 chooses by cache and memory, and is the fastest.",
+        unit="tokens",
+        ge=0,
+        le=65_536,
+        advanced=True,
     )
     block_size_k: int = setting(
-        256, Group.MEMORY, "Keys per block.", unit="tokens", ge=1, le=65_536, advanced=True
+        0,
+        Group.MEMORY,
+        "Keys per block. 0 chooses by cache and memory, and is the fastest.",
+        unit="tokens",
+        ge=0,
+        le=65_536,
+        advanced=True,
     )
 
 

@@ -10,8 +10,21 @@ from .. import gates, masks
 from ..reasons import Fallback, Gate
 from ..settings import TaylorSettings, VariantSettings
 from ..variant import Call, Result, Variant
+from .attend import Options, taylor_attention
 from .features import feature_dim
-from .kernel import taylor_attention
+
+
+def _options(settings: TaylorSettings) -> Options:
+    return Options(
+        sub_head_blocks=settings.sub_head_blocks,
+        sub_head_mode=settings.sub_head_mode,
+        centre_keys=settings.centre_keys,
+        centre_queries=settings.centre_queries,
+        centre_values=settings.centre_values,
+        feature_projection=settings.feature_projection,
+        block_q=settings.block_size_q,
+        block_k=settings.block_size_k,
+    )
 
 
 class TaylorVariant(Variant):
@@ -38,14 +51,18 @@ class TaylorVariant(Variant):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> Result:
         settings = cast(TaylorSettings, call.settings)
-        head_dim, keys = query.shape[3], key.shape[2]
+        head_dim = query.shape[3]
         if head_dim > settings.max_head_dim:
             return Result(
                 None,
                 Fallback.HEAD_DIM,
                 f"head_dim {head_dim} > max_head_dim {settings.max_head_dim}",
             )
-        features = feature_dim(head_dim, settings.P)
+        options = _options(settings)
+        try:
+            features = feature_dim(options.feature_width(head_dim), settings.P)
+        except ValueError as error:
+            return Result(None, Fallback.HEAD_DIM, str(error))
         if features > settings.max_feature_dim_R:
             return Result(
                 None,
@@ -58,24 +75,22 @@ class TaylorVariant(Variant):
             if weights is None:
                 return Result(None, Fallback.MASK, "the mask differs from query to query")
 
-        numerator, denominator = taylor_attention(
+        attended = taylor_attention(
             query,
             key,
             value,
             call.scale * settings.scale_mul,
             settings.P,
             weights=weights,
-            block_q=settings.block_size_q,
-            block_k=settings.block_size_k,
+            options=options,
+            eps=settings.eps,
         )
-        floor = settings.eps * keys
         # "Not above" counts a NaN as bad, "at or below" would not.
-        bad = (~(denominator > floor)).float().mean()
+        bad = (~(attended.denominator > settings.eps)).float().mean()
         stats: dict[str, torch.Tensor | float] = {
-            "denom_min": denominator.min() / keys,
+            "denom_min": attended.denominator.min(),
             "denom_bad_frac": bad,
         }
         if settings.fallback_on_negative and bool(bad > settings.denom_fallback_frac_limit):
             return Result(None, Fallback.DENOMINATOR, "", stats)
-        out = (numerator / denominator.clamp_min(floor)).to(query.dtype)
-        return Result(out, stats=stats)
+        return Result(attended.out, stats=stats)
