@@ -59,11 +59,22 @@ class Attended:
     denominator: torch.Tensor
 
 
-def head_bytes(queries: int, keys: int, head_dim: int, value_dim: int, size: int) -> int:
-    """Bytes of the copies that one head needs beside its blocks."""
-    return size * (
-        2 * queries * (head_dim + value_dim + 1) + 2 * keys * (head_dim + value_dim + 1)
-    )
+def head_bytes(
+    queries: int, keys: int, head_dim: int, value_dim: int, options: Options, size: int
+) -> int:
+    """Bytes of the copies of one head that are held while its sums are computed."""
+    parts = options.heads_per_head
+    width = head_dim
+    if 0 < options.feature_projection < head_dim // parts:
+        width = options.feature_projection * parts
+    shared = options.sub_head_mode == "shared" and options.sub_head_blocks > 1
+    columns = value_dim + parts
+    prepared = (queries + keys) * width + keys * (value_dim + parts)
+    summed = keys * columns + queries * columns
+    if shared:
+        # The sums of the blocks before, and one block of query and key in one piece.
+        summed += queries * columns + (queries + keys) * width // options.sub_head_blocks
+    return size * (prepared + summed)
 
 
 def prepare(
@@ -94,8 +105,11 @@ def prepare(
     root = (abs(scale) * parts**0.5) ** 0.5
 
     def lay(x: torch.Tensor, factor: float) -> torch.Tensor:
-        x = x.transpose(2, 3).to(dtype, memory_format=torch.contiguous_format)
-        return blocks.split((x * factor if factor != 1.0 else x).transpose(2, 3), parts)
+        rows, some, tokens, width = x.shape
+        copy = x.new_empty(rows, some, width, tokens, dtype=dtype).copy_(x.transpose(2, 3))
+        if factor != 1.0:
+            copy *= factor
+        return blocks.split(copy.transpose(2, 3), parts)
 
     if weights is not None and weights.shape[1] != 1 and parts > 1:
         weights = weights.repeat_interleave(parts, dim=1)
@@ -119,6 +133,41 @@ def prepare(
         centred.weights,
         centred.value_mean,
     )
+
+
+def _attend_some(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    terms: int,
+    weights: torch.Tensor | None,
+    options: Options,
+    eps: float,
+    sums: blocks.Sums,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`taylor_attention` of a few heads: output and relative denominators, not yet merged."""
+    ready = prepare(query, key, value, scale, weights, options)
+    numerator, denominator = blocks.shared_sums(
+        sums,
+        ready.query,
+        ready.key,
+        ready.value,
+        terms,
+        1 if options.sub_head_mode == "independent" else options.sub_head_blocks,
+        weights=ready.weights,
+        block_q=options.block_q,
+        block_k=options.block_k,
+    )
+    mass: torch.Tensor | float = float(key.shape[2])
+    if ready.weights is not None:
+        mass = ready.weights.sum(dim=-1)[:, :, None, None]
+    # A head without a live key gives 0/0 here and so counts as bad.
+    denominator = denominator / mass
+    numerator = numerator.div_(denominator.clamp_min(eps) * mass)
+    if ready.value_mean is not None:
+        numerator = numerator.add_(ready.value_mean)
+    return numerator, denominator
 
 
 @torch.no_grad()
@@ -158,36 +207,27 @@ def taylor_attention(
     dtype, parts = kernel.accumulation_dtype(query.dtype), options.heads_per_head
     out = query.new_empty(batch, heads, queries, value_dim)
     denominators = query.new_empty(batch, heads * parts, queries, 1, dtype=dtype)
-    per_head = head_bytes(queries, keys, head_dim, value_dim, dtype.itemsize)
+    per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
     limit = kernel.budget(query.device).heads
     for rows, some in kernel.head_groups(batch, heads, per_head, limit):
         chosen = weights
         if weights is not None:
             chosen = weights[rows if weights.shape[0] > 1 else slice(None)]
             chosen = chosen[:, some if weights.shape[1] > 1 else slice(None)]
-        ready = prepare(
-            query[rows, some], key[rows, some], value[rows, some], scale, chosen, options
-        )
-        numerator, denominator = blocks.shared_sums(
-            sums,
-            ready.query,
-            ready.key,
-            ready.value,
+        numerator, denominator = _attend_some(
+            query[rows, some],
+            key[rows, some],
+            value[rows, some],
+            scale,
             terms,
-            1 if options.sub_head_mode == "independent" else options.sub_head_blocks,
-            weights=ready.weights,
-            block_q=options.block_q,
-            block_k=options.block_k,
+            chosen,
+            options,
+            eps,
+            sums,
         )
-        mass: torch.Tensor | float = float(keys)
-        if ready.weights is not None:
-            mass = ready.weights.sum(dim=-1)[:, :, None, None]
-        # A head without a live key gives 0/0 here and so counts as bad.
-        denominator = denominator / mass
-        numerator = numerator.div_(denominator.clamp_min(eps) * mass)
-        if ready.value_mean is not None:
-            numerator = numerator.add_(ready.value_mean)
         out[rows, some] = blocks.merge(numerator, parts)
         split_heads = slice(some.start * parts, some.stop * parts)
         denominators[rows, split_heads] = denominator
+        # The next heads' copies come before these names are taken again.
+        del numerator, denominator
     return Attended(out, denominators)

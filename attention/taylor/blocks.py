@@ -49,12 +49,16 @@ def split(x: torch.Tensor, blocks: int) -> torch.Tensor:
     A view where ``x`` lies feature-major in memory, else a copy.
     """
     check(x.shape[-1], blocks, "head_dim")
-    return x.transpose(2, 3).unflatten(2, (blocks, -1)).flatten(1, 2).transpose(2, 3)
+    batch, heads, tokens, width = x.shape
+    parts = x.transpose(2, 3).reshape(batch, heads * blocks, width // blocks, tokens)
+    return parts.transpose(2, 3)
 
 
 def merge(x: torch.Tensor, blocks: int) -> torch.Tensor:
     """The inverse of `split`."""
-    return x.transpose(2, 3).unflatten(1, (-1, blocks)).flatten(2, 3).transpose(2, 3)
+    batch, heads, tokens, width = x.shape
+    whole = x.transpose(2, 3).reshape(batch, heads // blocks, width * blocks, tokens)
+    return whole.transpose(2, 3)
 
 
 def shared_sums(

@@ -86,7 +86,7 @@ def centre(
     keys: bool,
     values: bool,
 ) -> Centred:
-    """Take out means, over live keys only.
+    """Take out means, over live keys only, in place: the tensors given are overwritten.
 
     Args:
         query: ``[B, H, Nq, D]``, its share of the scale folded in; float32 or float64.
@@ -100,17 +100,18 @@ def centre(
     if weights is not None:
         weights = weights.to(key.dtype)
         dead = (weights == 0)[:, :, :, None]
-        key, value = key.masked_fill(dead, 0.0), value.masked_fill(dead, 0.0)
+        key.masked_fill_(dead, 0.0)
+        value.masked_fill_(dead, 0.0)
     if keys:
-        key = key - mean(key, weights)
+        key.sub_(mean(key, weights))
     if queries:
         query_mean = query.mean(dim=2, keepdim=True)
-        query = query - query_mean
+        query.sub_(query_mean)
         weights = key_factor(query_mean, key, weights)
     value_mean = None
     if values:
         value_mean = mean(value, weights)
-        value = value - value_mean
+        value.sub_(value_mean)
     if weights is not None:
         weights = weights.expand(key.shape[:3])
     return Centred(query, key, value, weights, value_mean)

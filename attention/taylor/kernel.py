@@ -77,6 +77,11 @@ def head_groups(
             yield slice(row, row + 1), slice(first, min(first + step, heads))
 
 
+def stage_features(plan: Plan, group: int, size: int, bounds: Budget) -> int:
+    """How many features' sums one stage may hold."""
+    return bounds.sums // (group * plan.columns * size)
+
+
 class _Workspace:
     """Buffers of one call, reused from block to block."""
 
@@ -144,7 +149,7 @@ class _Workspace:
             torch.mul(
                 self.leads_of(piece)[:, :, None],
                 self.tails_of(piece)[:, None],
-                out=part.unflatten(1, (piece.leads, piece.tails)),
+                out=part.view(self.group, piece.leads, piece.tails, -1),
             )
             filled += piece.features
         return out
@@ -175,7 +180,7 @@ def _weigh(plan: Plan, chunk: Chunk, total: torch.Tensor, constant: bool) -> Non
         for piece in chunk.pieces
     ]
     if chunk.scaled:
-        total.unflatten(1, (-1, plan.columns)).mul_(parts[0][:, None])
+        total.view(len(total), -1, plan.columns, total.shape[2]).mul_(parts[0][:, None])
     else:
         total *= torch.cat([part.flatten() for part in parts])
 
@@ -238,7 +243,7 @@ def _accumulate(
     block_q = block_size(block_q, queries, row_bytes, bounds.block)
     block_k = block_size(block_k, keys, row_bytes, bounds.block)
     space = _Workspace(plan, group, max(block_q, block_k), query)
-    for stage in stages(plan, bounds.sums // (group * plan.columns * size)):
+    for stage in stages(plan, stage_features(plan, group, size, bounds)):
         totals = [key.new_zeros(group, *plan.sum_shape(chunk)) for chunk in stage]
         for start in range(0, keys, block_k):
             chosen = slice(start, start + block_k)
@@ -284,7 +289,7 @@ def sums(
         value: ``[B, H, Nk, Dv]``; Dv may be 0, which leaves the denominators alone.
         terms: P, from 1 to 8; the degree is P - 1.
         weights: ``[B or 1, H or 1, Nk]``, a factor on each key's term; None for 1. A key whose
-            weight is 0 may hold anything, NaN included.
+            weight is 0 doesn't count but must be finite; `centring.centre` sees to that.
         constant: whether degree 0 counts.
         block_q: queries at a time; 0 chooses.
         block_k: keys at a time; 0 chooses.
@@ -301,8 +306,8 @@ def sums(
     dtype = accumulation_dtype(query.dtype)
     batch, heads, queries, head_dim = query.shape
     keys, columns = key.shape[2], value.shape[3] + 1
-    both = query.new_empty(batch, heads, columns, queries, dtype=dtype)
-    head_bytes = dtype.itemsize * ((queries + keys) * (head_dim + columns))
+    both = query.new_zeros(batch, heads, columns, queries, dtype=dtype)
+    head_bytes = dtype.itemsize * (queries + keys) * (head_dim + columns)
     for rows, some in head_groups(batch, heads, head_bytes, budget(query.device).heads):
         k = _feature_major(key[rows, some], dtype)
         values = k.new_empty(k.shape[0], columns, keys)
@@ -312,21 +317,16 @@ def sums(
             values[:, -1:] = 1.0
         else:
             w = weights.expand(batch, heads, keys)[rows, some].flatten(0, 1)[:, None].to(dtype)
-            # 0 · NaN is NaN: a masked key may hold anything and must not count.
-            dead = w == 0
-            k = k.masked_fill(dead, 0.0)
-            torch.mul(v.masked_fill(dead, 0.0), w, out=values[:, :-1])
+            torch.mul(v, w, out=values[:, :-1])
             values[:, -1:].copy_(w)
-        out = k.new_zeros(k.shape[0], columns, queries)
         _accumulate(
             _feature_major(query[rows, some], dtype),
             k,
             values,
             terms,
-            out,
+            both[rows, some].flatten(0, 1),
             constant=constant,
             block_q=block_q,
             block_k=block_k,
         )
-        both[rows, some] = out.unflatten(0, both[rows, some].shape[:2])
     return both[:, :, :-1].transpose(2, 3), both[:, :, -1:].transpose(2, 3)

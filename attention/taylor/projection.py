@@ -64,7 +64,8 @@ def _cholesky(gram: torch.Tensor) -> torch.Tensor:
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(size, device=gram.device, dtype=gram.dtype)
     jitter = scale * (torch.finfo(gram.dtype).eps * size) * eye
-    return torch.linalg.cholesky_ex(gram + jitter, check_errors=False).L
+    lower: torch.Tensor = torch.linalg.cholesky_ex(gram + jitter, check_errors=False)[0]
+    return lower
 
 
 def _orthonormal(basis: torch.Tensor) -> torch.Tensor:

