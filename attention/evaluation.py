@@ -163,7 +163,7 @@ def evaluate(
 
 
 def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: int) -> Outcome:
-    def outcome(reason: str = "", **measured: float | None) -> Outcome:
+    def outcome(reason: str = "", /, **measured: float | None) -> Outcome:
         return Outcome(
             case.name, case.layer, case.step, case.sigma, configuration.label, reason,
             str(exact.out.dtype).removeprefix("torch."), len(exact.rows), **measured,
@@ -241,7 +241,8 @@ def _alternate(
     work: Callable[[], object], exact: Callable[[], object], pairs: int, device: torch.device
 ) -> tuple[float, float, float]:
     """Median milliseconds of both, and the median of the pairs' ratios."""
-    mine, theirs = [], []
+    mine: list[float] = []
+    theirs: list[float] = []
     _time(exact, device)
     for pair in range(pairs):
         order = [(work, mine), (exact, theirs)]

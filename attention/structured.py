@@ -98,7 +98,8 @@ def random_fields(
     squared = vertical.square() + horizontal.square()
     # The amplitudes' factor is the root of the power's.
     response = torch.exp(-0.5 * (width * math.pi) ** 2 * squared)[..., None]
-    fields = torch.fft.ifft2(torch.fft.fft2(noise, dim=(0, 1)) * response, dim=(0, 1)).real
+    spectrum = torch.fft.fft2(noise, dim=(0, 1)) * response
+    fields: torch.Tensor = torch.fft.ifft2(spectrum, dim=(0, 1)).real
     return fields / fields.std(dim=(0, 1), correction=0)
 
 
@@ -126,7 +127,8 @@ def rotate(
     )
     cos, sin = angles.cos(), angles.sin()
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2)
 
 
 def logit_std(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

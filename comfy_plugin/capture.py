@@ -125,9 +125,9 @@ class Capture:
             latent: ``[B, C, ..., H, W]``.
             context: text, ``[B, tokens, channels]``, or None.
         """
-        shape = getattr(latent, "shape", ())
+        shape: tuple[int, ...] = tuple(getattr(latent, "shape", ()))
         self._latent = (int(shape[-2]), int(shape[-1])) if len(shape) >= 4 else None
-        shape = getattr(context, "shape", ())
+        shape = tuple(getattr(context, "shape", ()))
         self._context = int(shape[1]) if len(shape) == 3 else None
 
     def take(
@@ -191,8 +191,13 @@ class Capture:
             rows=rows,
             columns=columns,
         )
-        copies = [_copy(t) for t in (call.query, call.key, call.value)]
-        captured = CapturedCall(info, *copies, None if mask is None else _copy(mask))
+        captured = CapturedCall(
+            info,
+            _copy(call.query),
+            _copy(call.key),
+            _copy(call.value),
+            None if mask is None else _copy(mask),
+        )
         if self._thread is None:
             # Not a daemon: what was captured is on disk when the process ends.
             self._thread = threading.Thread(target=self._write, name="attnscope-capture")
