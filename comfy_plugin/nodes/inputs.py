@@ -53,10 +53,12 @@ def setting_input(name: str, field: FieldInfo) -> Any:
         return _made(io.Combo, name, options=list(typing.get_args(kind)), **options)
     if kind is bool:
         return _made(io.Boolean, name, **options)
+    if kind is int or kind is float:
+        return _number(
+            name, field, int if kind is int else float, float(str(extra.get("step") or 0)), options
+        )
     if kind is str:
         return _made(io.String, name, **options)
-    if kind is int or kind is float:
-        return _number(name, field, kind, float(str(extra.get("step") or 0)), options)
     raise TypeError(f"{name}: settings of type {kind} have no input")
 
 
