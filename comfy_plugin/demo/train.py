@@ -8,18 +8,13 @@ steps; a further stage resumes from the same ``--state`` file with new settings.
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
-import inspect
 import json
-import math
 import signal
 import sys
-import textwrap
 import time
-import types
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,60 +24,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
+from .batches import Batches, Prompts, Stage
 from .captions import Caption, sample_caption
 from .checkpoint import UNET_CONFIG, save_checkpoint
-from .codec import CELL, CHANNELS, LinearCodec, fit_codec
-from .pictures import render
-from .prompt import (
-    ANCHOR_PAIRS,
-    ANCHOR_X_AT,
-    AXIS_DIM,
-    encode_prompt,
-)
+from .codec import LinearCodec, fit_codec
+from .head_start import add_out_of_place, attention_options, init_weights
 from .scorer import judge
 
 CODEC_SEED = 0
 EVAL_SEED = 1_000_003
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one run of training does; every field is a command-line option of the same name."""
-
-    steps: int = 1000
-    minutes: float = 0.0
-    sizes: str = "16:0.5,24:0.2,32:0.3"
-    batch_tokens: int = 2560
-    lr: float = 1e-3
-    lr_end: float = 1e-3
-    warmup: int = 100
-    weight_decay: float = 0.01
-    ema: float = 0.999
-    dropout: float = 0.1
-    shift: float = 4.0
-    seed: int = 0
-
-    def size_shares(self) -> dict[int, float]:
-        """Latent cells a side → share of the steps; ValueError where the text is not that."""
-        shares = {}
-        for part in self.sizes.split(","):
-            cells, _, share = part.partition(":")
-            shares[int(cells)] = float(share or 1)
-        if any(cells < 2 or cells % 2 for cells in shares) or sum(shares.values()) <= 0:
-            raise ValueError(f"--sizes needs even latent sides with shares, got {self.sizes!r}")
-        return shares
-
-    def progress(self, index: int, seconds: float) -> float:
-        """How far the stage is, 0 to 1, at its step ``index``: by steps or by time."""
-        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
-        return min(1.0, max(index / self.steps, by_time))
-
-    def learning_rate(self, index: int, seconds: float) -> float:
-        """Rate of the stage's step ``index``: linear warmup, then linear from lr to lr_end."""
-        ramp = min(1.0, (index + 1) / self.warmup) if self.warmup else 1.0
-        return ramp * (self.lr + (self.lr_end - self.lr) * self.progress(index, seconds))
 
 
 def import_comfy(folder: Path | None) -> None:
@@ -97,158 +49,6 @@ def import_comfy(folder: Path | None) -> None:
         ) from error
     if not torch.cuda.is_available():
         comfy.cli_args.args.cpu = True
-
-
-def init_weights(flux: Any, seed: int) -> None:
-    """Fill an uninitialised Flux: Xavier, modulations at zero (adaLN-zero), a head start."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in flux.named_parameters():
-        zeroed = ".lin." in f".{name}" or name.startswith("final_layer.")
-        with torch.no_grad():
-            if "_norm." in name:
-                parameter.fill_(1.0)
-            elif zeroed or name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                limit = math.sqrt(6.0 / sum(parameter.shape))
-                parameter.uniform_(-limit, limit, generator=generator)
-    _init_pass_through(flux)
-    _init_anchor_heads(flux)
-
-
-@torch.no_grad()
-def _init_pass_through(flux: Any) -> None:
-    """Start with the output equal to the input: most of a velocity is the noise itself.
-
-    Input and output share one orthonormal basis. The input's bias, orthogonal to it and large,
-    keeps the final layer norm from dividing each token by its own length.
-    """
-    generator = torch.Generator().manual_seed(2)
-    width = flux.img_in.weight.shape[1]
-    basis = torch.empty(flux.hidden_size, width + 2)
-    nn.init.orthogonal_(basis, generator=generator)
-    # A layer norm takes the mean away, so nothing may lie along the constant vector.
-    basis[:, 0] = 1.0
-    basis = torch.linalg.qr(basis)[0]
-    steady, image = basis[:, 1], basis[:, 2:]
-    flux.img_in.weight.copy_(image)
-    flux.img_in.bias.copy_(steady * math.sqrt(flux.hidden_size))
-    typical = math.sqrt((flux.hidden_size + width) / flux.hidden_size)
-    flux.final_layer.linear.weight.copy_(image.T * typical)
-
-
-@torch.no_grad()
-def _init_anchor_heads(flux: Any) -> None:
-    """Start head 0 of every double block as a finder of places (see ``prompt``).
-
-    An image token's query begins nearly constant in the anchors' rotary pairs and a text token's
-    key copies its anchor there, so that after rotary embedding their product is the cosine of
-    their distance, summed over the anchor's frequencies. It is a starting point only: training
-    may change all of it.
-    """
-    width = 2 * len(ANCHOR_PAIRS)
-    # Semi-orthogonal, so that a part of a token can be read off its projection.
-    nn.init.orthogonal_(flux.txt_in.weight, gain=2.0, generator=torch.Generator().manual_seed(1))
-    for channel in range(2 * width):
-        flux.txt_in.weight[channel] = 0.0
-        flux.txt_in.weight[channel, ANCHOR_X_AT + channel] = 1.5
-    head_dim = flux.hidden_size // flux.num_heads
-    time_dims = flux.params.axes_dim[0]
-    head = slice(0, head_dim)
-    keys = slice(flux.hidden_size, flux.hidden_size + head_dim)
-    for block in flux.double_blocks:
-        image, text = block.img_attn.qkv, block.txt_attn.qkv
-        image.weight[head] *= 0.3
-        text.weight[keys] *= 0.3
-        for axis, channel in ((1, 0), (0, width)):
-            for index, pair in enumerate(ANCHOR_PAIRS):
-                at = time_dims + axis * AXIS_DIM + 2 * pair
-                image.bias[at] = 3.0
-                for part in (0, 1):
-                    text.weight[keys][at + part] = 0.0
-                    text.weight[keys][at + part, channel + 2 * index + part] = 3.0
-        # Rotary position never turns the first dimensions: a constant there keeps image keys out.
-        image.weight[keys] = 0.0
-        image.bias[0], image.bias[keys][0] = 1.5, -1.0
-        for mod in (block.img_mod, block.txt_mod):
-            mod.lin.bias.view(6, -1)[[2, 5]] = 0.5
-    for block in flux.single_blocks:
-        block.modulation.lin.bias.view(3, -1)[2] = 0.5
-
-
-def plain_attention(
-    func: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Exact attention in two matrix products: q, k, v [B, H, N, D] → [B, N, H·D].
-
-    Forwards and backwards on a CPU it takes half the time of torch's fused attention.
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    out = scores.softmax(-1).to(v.dtype) @ v
-    return out.transpose(1, 2).flatten(2)
-
-
-def attention_options(device: torch.device) -> dict[str, Any]:
-    """``transformer_options`` that make a training step fastest on this device."""
-    return {"optimized_attention_override": plain_attention} if device.type == "cpu" else {}
-
-
-class _OutOfPlace(ast.NodeTransformer):
-    """Turns ``name += value`` into ``name = name + value``."""
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        if not isinstance(node.target, ast.Name):
-            return node
-        read = ast.Name(node.target.id, ast.Load())
-        value = ast.BinOp(read, node.op, node.value)
-        return ast.copy_location(ast.Assign([node.target], value), node)
-
-
-def add_out_of_place(flux: Any) -> None:
-    """Make the blocks' residual additions differentiable, on these instances alone.
-
-    ComfyUI's blocks add in place to tensors that a backward pass still needs. Torch's own remedy
-    (``allow_mutation_on_saved_tensors``) copies them and slows every operation down.
-    """
-    forwards: dict[type, Any] = {}
-    for block in (*flux.double_blocks, *flux.single_blocks):
-        kind = type(block)
-        if kind not in forwards:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-            tree = ast.fix_missing_locations(_OutOfPlace().visit(tree))
-            scope: dict[str, Any] = {}
-            exec(compile(tree, inspect.getfile(kind), "exec"), kind.forward.__globals__, scope)
-            forwards[kind] = scope["forward"]
-        block.forward = types.MethodType(forwards[kind], block)
-
-
-def draw_times(count: int, cells: int, rng: np.random.Generator) -> Tensor:
-    """Noise levels [count] in 0..1: logit-normal, pushed up as the picture grows.
-
-    More cells show the same layout through more noise, so a large picture's layout is decided at
-    higher levels.
-    """
-    normal = 1.0 / (1.0 + np.exp(-rng.normal(0.0, 1.3, count)))
-    even = rng.random(count)
-    times = np.where(rng.random(count) < 0.2, even, normal)
-    shift = 3.0 * math.sqrt(cells / 16)
-    times = shift * times / (1 + (shift - 1) * times)
-    return torch.from_numpy(times.astype(np.float32))
-
-
-class Prompts:
-    """Prompt embeddings, kept: the grammar is small."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-
-    def batch(self, texts: list[str], cells: int) -> tuple[Tensor, Tensor]:
-        for text in texts:
-            if (text, cells) not in self._known:
-                side = cells * CELL
-                self._known[text, cells] = encode_prompt(text, side, side)
-        pairs = [self._known[text, cells] for text in texts]
-        return torch.stack([c for c, _ in pairs]), torch.stack([p for _, p in pairs])
 
 
 def flow_loss(
@@ -268,40 +68,6 @@ def flow_loss(
     options = attention_options(clean.device)
     velocity = flux(noisy, times, context, pooled, transformer_options=options)
     return nn.functional.mse_loss(velocity.float(), noise - clean)
-
-
-class Batches(Dataset[tuple[Tensor, Tensor, Tensor, list[str]]]):
-    """A stage's batches by its step: clean latents and noise [B, 16, h, w], times [B], prompts.
-
-    Each step has a generator of its own, so that neither a resumed run nor the number of worker
-    processes changes what is drawn.
-    """
-
-    def __init__(self, stage: Stage, codec: LinearCodec, first_step: int) -> None:
-        """first_step: training steps that came before the stage's own first."""
-        self.stage, self.codec, self.first_step = stage, codec, first_step
-
-    def __len__(self) -> int:
-        return self.stage.steps
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        stage = self.stage
-        rng = np.random.default_rng([stage.seed, self.first_step + index])
-        shares = stage.size_shares()
-        weights = np.array(list(shares.values()))
-        cells = int(rng.choice(list(shares), p=weights / weights.sum()))
-        count = max(1, stage.batch_tokens // (cells * cells // 4 + 16))
-        side = cells * CELL
-        captions = [sample_caption(rng) for _ in range(count)]
-        # One by one: a batch of large pictures does not fit a processor's cache.
-        clean = [
-            self.codec.encode(torch.from_numpy(render(caption, side, side, rng))[None])
-            for caption in captions
-        ]
-        kept = rng.random(count) >= stage.dropout
-        prompts = [c.text if keep else "" for c, keep in zip(captions, kept, strict=True)]
-        noise = rng.standard_normal((count, CHANNELS, cells, cells), dtype=np.float32)
-        return torch.cat(clean), torch.from_numpy(noise), draw_times(count, cells, rng), prompts
 
 
 class Trainer:

@@ -176,7 +176,8 @@ def test_loader_takes_later_norm_names_and_refuses_odd_weights(tmp_path: Path) -
 @pytest.fixture
 def trainer(comfyui: Path) -> Any:
     from attnscope.comfy_plugin.demo.codec import fit_codec
-    from attnscope.comfy_plugin.demo.train import Stage, Trainer
+    from attnscope.comfy_plugin.demo.batches import Stage
+    from attnscope.comfy_plugin.demo.train import Trainer
 
     codec = fit_codec(0, pictures=20)
     stage = Stage(steps=4, sizes="4:1,6:1", batch_tokens=60, warmup=1)
@@ -185,7 +186,7 @@ def trainer(comfyui: Path) -> Any:
 
 def train(trainer: Any, indices: range) -> list[float]:
     """Train the stage's steps; returns their losses."""
-    from attnscope.comfy_plugin.demo.train import Batches
+    from attnscope.comfy_plugin.demo.batches import Batches
 
     batches = Batches(trainer.stage, trainer.codec, trainer.step - indices[0])
     rates = [trainer.stage.learning_rate(index, seconds=0.0) for index in indices]
@@ -216,7 +217,7 @@ def test_training_resumes_as_if_unbroken(trainer: Any, tmp_path: Path) -> None:
 
 def test_training_forward_equals_comfyuis_own(trainer: Any) -> None:
     """The rewritten residual additions and plain attention change no numbers."""
-    from attnscope.comfy_plugin.demo.train import plain_attention
+    from attnscope.comfy_plugin.demo.head_start import plain_attention
 
     flux = trainer().flux
     with torch.no_grad():
@@ -235,7 +236,8 @@ def test_training_forward_equals_comfyuis_own(trainer: Any) -> None:
 
 
 def test_training_command_line(tmp_path: Path) -> None:
-    from attnscope.comfy_plugin.demo.train import Stage, build_parser
+    from attnscope.comfy_plugin.demo.batches import Stage
+    from attnscope.comfy_plugin.demo.train import build_parser
 
     parsed = build_parser().parse_args(["--out", "a", "--state", "b", "--steps", "3"])
     assert parsed.steps == 3 and parsed.batch_tokens == Stage().batch_tokens
@@ -244,7 +246,7 @@ def test_training_command_line(tmp_path: Path) -> None:
 
 
 def test_a_stage_ends_by_steps_or_by_time() -> None:
-    from attnscope.comfy_plugin.demo.train import Stage
+    from attnscope.comfy_plugin.demo.batches import Stage
 
     timed = Stage(steps=100, minutes=2, lr=1.0, lr_end=0.0, warmup=0)
     assert timed.progress(25, seconds=30) == 0.25
