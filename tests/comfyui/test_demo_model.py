@@ -175,8 +175,8 @@ def test_loader_takes_later_norm_names_and_refuses_odd_weights(tmp_path: Path) -
 
 @pytest.fixture
 def trainer(comfyui: Path) -> Any:
-    from attnscope.comfy_plugin.demo.codec import fit_codec
     from attnscope.comfy_plugin.demo.batches import Stage
+    from attnscope.comfy_plugin.demo.codec import fit_codec
     from attnscope.comfy_plugin.demo.train import Trainer
 
     codec = fit_codec(0, pictures=20)
