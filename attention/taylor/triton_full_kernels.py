@@ -7,13 +7,16 @@ of a tile, DV padded value_dim. Offsets that grow with tokens or heads are int64
 import triton
 import triton.language as tl
 
+from .triton_numeric import dot, narrow
+
 
 @triton.jit
 def _pairs(x, sel_a, sel_b, precision: tl.constexpr):
     # Selection keeps values as they are, so the product is rounded once, here.
-    first = tl.dot(x, sel_a, input_precision=precision)
-    second = tl.dot(x, sel_b, input_precision=precision)
-    return (first * second).to(x.dtype)
+    zero = tl.zeros([x.shape[0], sel_a.shape[1]], dtype=tl.float32)
+    first = dot(x, sel_a, zero, precision)
+    second = dot(x, sel_b, zero, precision)
+    return narrow(first * second, x.dtype)
 
 
 @triton.jit
@@ -87,37 +90,40 @@ def build_kernel(
             w = tl.load(p_weight + o_t * w_n, mask=live, other=0.0).to(tl.float32)
             # 0 · NaN is NaN: a masked key is never read.
             live = live & (w != 0.0)
-        if PAIRS:
-            k = tl.load(
-                p_key + o_t[:, None] * k_n + o_d[None, :],
-                mask=live[:, None] & (o_d < head_dim)[None, :],
-                other=0.0,
-            ).to(OPERAND)
-            base = _pairs(k, sel_a, sel_b, PRECISION)  # [BT, KC]
-        else:
-            o_k = i_chunk * KC + o_c
-            base = tl.load(
-                p_key + o_t[:, None] * k_n + o_k[None, :],
-                mask=live[:, None] & (o_k < head_dim)[None, :],
-                other=0.0,
-            ).to(OPERAND)
         v = tl.load(
             p_value + o_t[:, None] * v_n + o_v[None, :],
             mask=live[:, None] & (o_v < value_dim)[None, :],
             other=0.0,
         ).to(tl.float32)
-        if WEIGHTED:
-            v = v * w[:, None]
+        # All loads stand before the first product, which hides their latency.
         if LIFTED:
             k_lift = tl.load(
                 p_key + o_t[:, None] * k_n + o_l[None, :],
                 mask=live[:, None] & (o_l < head_dim)[None, :],
                 other=0.0,
             ).to(tl.float32)
+        if PAIRS:
+            k = tl.load(
+                p_key + o_t[:, None] * k_n + o_d[None, :],
+                mask=live[:, None] & (o_d < head_dim)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            base = _pairs(narrow(k, OPERAND), sel_a, sel_b, PRECISION)  # [BT, KC]
+        else:
+            o_k = i_chunk * KC + o_c
+            base = tl.load(
+                p_key + o_t[:, None] * k_n + o_k[None, :],
+                mask=live[:, None] & (o_k < head_dim)[None, :],
+                other=0.0,
+            )
+            base = narrow(base.to(tl.float32), OPERAND)
+        if WEIGHTED:
+            v = v * w[:, None]
+        if LIFTED:
             v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
         if COLUMN_SUM:
             column_sum += tl.sum(v, axis=0)
-        acc = tl.dot(tl.trans(v.to(OPERAND)), base, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
 
     tiles = tl.num_programs(0)
     row = (i_split * tl.num_programs(1) + i_bh) * tiles + i_tile
@@ -148,7 +154,7 @@ def reduce_kernel(
         row = (i_split * bhs + i_bh) * tiles + i_tile
         total += tl.load(partial + (row * (L * DV) + o_row)[:, None] * KC + o_c[None, :])
     factor = tl.load(factors + (i_tile * L + o_row // DV)[:, None] * KC + o_c[None, :])
-    out = tl.trans(total * factor).to(sums.dtype.element_ty)
+    out = narrow(tl.trans(total * factor), sums.dtype.element_ty)
     row = i_bh * tiles + i_tile
     tl.store(sums + (row * KC + o_c)[:, None] * (L * DV) + o_row[None, :], out)
 
@@ -203,7 +209,7 @@ def read_kernel(
         mask=live[:, None] & (o_d < head_dim)[None, :],
         other=0.0,
     )
-    q_operand = q.to(OPERAND)
+    q_operand = narrow(q.to(tl.float32), OPERAND)
 
     # Denominator: z_0 + q · (z_1 + q @ z_2 + pairs @ z_3).
     gradient = tl.zeros([BM, D], dtype=tl.float32) + tl.load(z_1 + i_bh * D + o_d)[None, :]
@@ -214,10 +220,11 @@ def read_kernel(
                 p_query + o_m[:, None] * q_n + o_k[None, :],
                 mask=live[:, None] & (o_k < head_dim)[None, :],
                 other=0.0,
-            ).to(OPERAND)
+            )
+            base = narrow(base.to(tl.float32), OPERAND)
             row = (i_bh * COORDINATE_CHUNKS + c) * KC
             z = tl.load(z_2 + (row + o_c)[:, None] * D + o_d[None, :])  # [KC, D]
-            gradient = tl.dot(base, z, gradient, input_precision=PRECISION)
+            gradient = dot(base, z, gradient, PRECISION)
     if TERMS < 4:
         den = tl.load(z_0 + i_bh) + tl.sum(q.to(tl.float32) * gradient, axis=1)
         tl.store(denominator + i_bh * tokens + o_m, den, mask=live)
@@ -229,10 +236,11 @@ def read_kernel(
             p_query + o_m[:, None] * q_n + o_k[None, :],
             mask=live[:, None] & (o_k < head_dim)[None, :],
             other=0.0,
-        ).to(OPERAND)
+        )
+        base = narrow(base.to(tl.float32), OPERAND)
         row = (i_bh * COORDINATE_CHUNKS + c) * KC
         s = tl.load(s_1 + (row + o_c)[:, None] * DV + o_v[None, :])  # [KC, DV]
-        acc = tl.dot(base, s, acc, input_precision=PRECISION)
+        acc = dot(base, s, acc, PRECISION)
         if TERMS == 3:
             i_first = tl.load(first + c)
             for i in range(tl.load(count + c)):
@@ -248,9 +256,9 @@ def read_kernel(
             base = _pairs(q_operand, sel_a, sel_b, PRECISION)  # [BM, KC]
             row = (i_bh * PAIR_CHUNKS + c) * KC
             z = tl.load(z_3 + (row + o_c)[:, None] * D + o_d[None, :])
-            gradient = tl.dot(base, z, gradient, input_precision=PRECISION)
+            gradient = dot(base, z, gradient, PRECISION)
             s = tl.load(s_2 + (row + o_c)[:, None] * DV + o_v[None, :])
-            acc = tl.dot(base, s, acc, input_precision=PRECISION)
+            acc = dot(base, s, acc, PRECISION)
             i_first = tl.load(first + c)
             for i in range(tl.load(count + c)):
                 acc += _lifted(
@@ -284,16 +292,15 @@ def _lifted(
     PRECISION: tl.constexpr,
 ):
     """Σ_l q_(lift + l) · (base @ s_top[tile, l]), [BM, DV]."""
-    s = tl.load(s_top + (tile * KC + o_c)[:, None] * (L * DV) + o_lv[None, :])  # [KC, L * DV]
-    t = tl.dot(base, s, input_precision=PRECISION)
-    if L == 1:
-        q_lift = tl.load(p_query + o_m * q_n + lift, mask=live & (lift < head_dim), other=0.0)
-        return t * q_lift.to(tl.float32)[:, None]
     o_l = lift + tl.arange(0, L)
+    # Before the product, which hides the load.
     q_lift = tl.load(
         p_query + o_m[:, None] * q_n + o_l[None, :],
         mask=live[:, None] & (o_l < head_dim)[None, :],
         other=0.0,
-    )
-    t = tl.reshape(t, [BM, L, DV]) * q_lift.to(tl.float32)[:, :, None]
-    return tl.sum(t, axis=1)
+    ).to(tl.float32)
+    s = tl.load(s_top + (tile * KC + o_c)[:, None] * (L * DV) + o_lv[None, :])  # [KC, L * DV]
+    t = dot(base, s, tl.zeros([BM, L * DV], dtype=tl.float32), PRECISION)
+    if L == 1:
+        return t * q_lift
+    return tl.sum(tl.reshape(t, [BM, L, DV]) * q_lift[:, :, None], axis=1)
