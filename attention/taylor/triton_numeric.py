@@ -18,7 +18,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """fp32 ``x`` in ``DTYPE``, rounded to nearest even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # Triton's interpreter cuts the mantissa off where the GPU rounds.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
