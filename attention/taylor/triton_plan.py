@@ -162,7 +162,11 @@ def base_layout(head_dim: int, degree: int, chunk: int) -> BaseLayout:
 def lift_layout(head_dim: int, degree: int, chunk: int, lifts: int) -> LiftLayout:
     """Tiles of the monomials of ``degree + 1`` over base features of ``degree``, on the CPU."""
     coordinates = base_layout(head_dim, degree, chunk).coordinates
-    tile_chunk, tile_lift, first, count, weights = [], [], [], [], []
+    tile_chunk: list[int] = []
+    tile_lift: list[int] = []
+    first: list[int] = []
+    count: list[int] = []
+    weights: list[list[list[float]]] = []
     for index, features in enumerate(coordinates.tolist()):
         # A feature is lifted by coordinates up to its own smallest one.
         highest = max(feature[0] for feature in features) + 1
