@@ -240,10 +240,13 @@ def full_configs(case: Case) -> list[tuple[str, FullConfig]]:
             (256, 16, 3),
         )
     ]  # fmt: skip
-    shapes: list[dict[str, int]] = [{"lifts": base.lifts}]
+    # Smaller tiles waste fewer rows on products that are not sorted, larger ones run faster.
+    pairs = [(base.chunk, base.lifts), (base.chunk * 2, base.lifts)]
     if case.value_dim <= 64:
-        shapes += [{"lifts": base.lifts * 2}, {"lifts": max(1, base.lifts // 2)}]
-    shapes += [{"chunk": 128 if base.chunk == 64 else 64}]
+        pairs += [(base.chunk, base.lifts * 2), (base.chunk, base.lifts // 2)]
+    if case.terms >= 4:
+        pairs += [(base.chunk // 2, base.lifts), (base.chunk // 2, base.lifts * 2)]
+    shapes: list[dict[str, int]] = [{"chunk": c, "lifts": n} for c, n in pairs]
     if case not in CASES[:2]:
         # The cases that the aims are about get most of the time.
         build, read = build[:3], read[:3]

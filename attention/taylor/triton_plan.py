@@ -60,13 +60,15 @@ def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
     """Tile sizes that are known to compile without spills for these shapes."""
     wide = padded(value_dim)
     if dtype == torch.float32:
+        # Products run outside the tensor cores, from registers.
+        large = max(wide, padded(head_dim)) > 64
         return FullConfig(
             chunk=16 if head_dim <= 16 else 32,
             lifts=1,
             block_t=32,
-            block_m=64,
+            block_m=32 if large else 64,
             build_warps=4,
-            read_warps=4,
+            read_warps=8,
             build_stages=1,
             read_stages=1,
         )

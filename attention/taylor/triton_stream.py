@@ -46,9 +46,9 @@ class StreamConfig:
     value_chunk: int = 0
     store_bf16: bool = False
     block_f: int = 64
-    block_t: int = 64
+    block_t: int = 32
     block_m: int = 64
-    warps: int = 4
+    warps: int = 8
     stages: int = 2
 
 

@@ -72,7 +72,7 @@ FULL = [
     (64, 64, 3, torch.bfloat16),
     (96, 96, 3, torch.bfloat16),
     (128, 128, 3, torch.bfloat16),
-    (16, 16, 4, torch.float32),
+    (8, 16, 4, torch.float32),
     (20, 24, 4, torch.bfloat16),
     (32, 32, 4, torch.bfloat16),
 ]
@@ -81,7 +81,9 @@ FULL = [
 @pytest.mark.parametrize(("head_dim", "value_dim", "terms", "dtype"), FULL)
 def test_fully_fused_sums_match_the_definition(head_dim, value_dim, terms, dtype):
     query, key, value = tensors(head_dim, value_dim, dtype)
-    found = triton_full.sums(query, key, value, terms)
+    # Few large tiles where the default's many small ones would take the interpreter long.
+    config = FullConfig(chunk=128, lifts=1) if head_dim > 64 else None
+    found = triton_full.sums(query, key, value, terms, config=config)
     assert_close(found, reference(query, key, value, terms), dtype)
 
 
@@ -119,7 +121,7 @@ def paths():
 @pytest.mark.parametrize(("sums", "terms"), [*paths(), pytest.param(triton_full.sums, 1, id="1")])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_weights_count_and_masked_keys_may_hold_anything(sums, terms, per_head):
-    query, key, value = tensors(8, 16, torch.float32, heads=2)
+    query, key, value = tensors(5, 16, torch.float32, heads=2)
     weights = torch.rand(1, 2 if per_head else 1, key.shape[2]) + 0.1
     weights[..., 3:11] = 0
     wanted = reference(query, key, value, terms, weights)
@@ -137,9 +139,9 @@ def test_equal_inputs_give_equal_bits(sums, terms):
 
 
 @pytest.mark.parametrize(("sums", "terms"), paths())
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (64, 63), (65, 129)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 33)])
 def test_lengths_need_not_be_multiples_of_a_tile(sums, terms, queries, keys):
-    query, key, value = tensors(8, 16, torch.float32, queries=queries, keys=keys)
+    query, key, value = tensors(5, 16, torch.float32, queries=queries, keys=keys)
     found, wanted = sums(query, key, value, terms), reference(query, key, value, terms)
     assert nmse(found[0], wanted[0]) < 1e-11 and nmse(found[1], wanted[1]) < 1e-11
 
