@@ -365,6 +365,43 @@ class TaylorSettings(_Measured):
         le=65_536,
         advanced=True,
     )
+    taylor_path: Literal["auto", "torch", "streaming", "full"] = setting(
+        "auto",
+        Group.MEMORY,
+        "What computes the sums. auto takes the fastest that fits the call; streaming is the "
+        "Triton path that works in chunks of features (elsewhere called fused_kernel), full the "
+        "one that holds all of them (fused_full_kernel; P up to 4). Without Triton or CUDA, "
+        "torch runs.",
+        title="path",
+        advanced=True,
+    )
+    fused_feature_chunk_size: int = setting(
+        8192,
+        Group.MEMORY,
+        "Features per chunk of the streaming path. More run faster and take more memory.",
+        unit="features",
+        ge=64,
+        le=1_048_576,
+        advanced=True,
+    )
+    fused_value_chunk_size: int = setting(
+        0,
+        Group.MEMORY,
+        "Value channels per chunk of the streaming path; 0 takes all of them, up to 128, at "
+        "once. Fewer take less memory and more time.",
+        unit="channels",
+        ge=0,
+        le=1024,
+        advanced=True,
+    )
+    s_store_bf16: bool = setting(
+        False,
+        Group.MEMORY,
+        "Keep the streaming path's sums in bf16: half the memory, faster, a little less exact. "
+        "No effect on float32 input.",
+        title="store sums in bf16",
+        advanced=True,
+    )
 
 
 SETTINGS: dict[str, type[VariantSettings]] = {

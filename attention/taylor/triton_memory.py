@@ -1,0 +1,92 @@
+"""Device memory that the Triton paths take, from shapes alone.
+
+Counted is what a path allocates for one call: sums, partial sums, tables and the fp32 results.
+Query, key and value are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .features import degree_dim, feature_dim
+from .triton_full import split_count
+from .triton_plan import FullConfig, default_config, lifted_rows, padded
+from .triton_stream import StreamConfig, chunk_features, value_columns
+from .triton_support import operand_dtype
+
+_FP32 = 4
+
+
+def _results(batch_heads: int, queries: int, value_dim: int) -> int:
+    return batch_heads * queries * (value_dim + 1) * _FP32
+
+
+def full_memory_bytes(
+    batch_heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    value_dim: int,
+    terms: int,
+    dtype: torch.dtype,
+    *,
+    processors: int = 132,
+    config: FullConfig | None = None,
+) -> int:
+    """Bytes of `triton_full.sums`.
+
+    Args:
+        batch_heads: B · H, sub-heads counted.
+        queries: Nq.
+        keys: Nk.
+        head_dim: d.
+        value_dim: Dv.
+        terms: P, 1 to 4.
+        dtype: of the input.
+        processors: the GPU's multiprocessors, on which the split over keys depends.
+        config: tile sizes; None for those that `triton_full.sums` chooses.
+    """
+    results = _results(batch_heads, queries, value_dim)
+    if terms == 1:
+        return results
+    config = config or default_config(head_dim, value_dim, terms, dtype)
+    operand = operand_dtype(dtype).itemsize
+    sums, largest_partial = 0, 0
+    for degree in range(1, max(2, terms - 1)):
+        tiles = math.ceil(degree_dim(head_dim, degree) / config.chunk)
+        for columns in (padded(value_dim), padded(head_dim)):
+            elements = batch_heads * tiles * config.chunk * columns
+            splits = split_count(tiles * batch_heads, keys, processors)
+            sums += elements * operand
+            largest_partial = max(largest_partial, splits * elements * _FP32)
+    rows = lifted_rows(head_dim, terms, config)
+    if rows:
+        elements = batch_heads * rows * padded(value_dim)
+        tiles = rows // (config.chunk * config.lifts)
+        splits = split_count(tiles * batch_heads, keys, processors)
+        sums += elements * operand
+        largest_partial = max(largest_partial, splits * elements * _FP32)
+    return results + sums + largest_partial
+
+
+def streaming_memory_bytes(
+    batch_heads: int,
+    queries: int,
+    head_dim: int,
+    value_dim: int,
+    terms: int,
+    dtype: torch.dtype,
+    *,
+    config: StreamConfig | None = None,
+) -> int:
+    """Bytes of `triton_stream.sums`: one chunk's sums, whatever R is, and the results."""
+    config = config or StreamConfig()
+    chunk = chunk_features(feature_dim(head_dim, terms), config)
+    stored = 2 if config.store_bf16 and operand_dtype(dtype) != torch.float32 else _FP32
+    width = padded(value_columns(value_dim, config))
+    sums = batch_heads * chunk * (width * stored + _FP32)
+    # Coordinates int32, 1/α! fp32, and the temporaries of the unranking: a few int64 and fp32.
+    monomials = chunk * (max(1, terms - 1) * 4 + _FP32 + 6 * 8)
+    return _results(batch_heads, queries, value_dim) + sums + monomials

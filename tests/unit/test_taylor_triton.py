@@ -1,0 +1,139 @@
+"""The Triton paths of Taylor attention: layout, choice of path, and the kernels themselves."""
+
+import collections
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnscope.attention.taylor.dispatch import MIN_TOKENS, choose
+from attnscope.attention.taylor.multisets import unrank
+from attnscope.attention.taylor.triton_plan import base_layout, lift_layout, selection
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no wheels for this platform"
+)
+def test_kernels_in_the_interpreter():
+    """Runs `triton_interpreted`, whose docstring says why it needs a process of its own."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "PYTEST_ADDOPTS": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
+        del environment[name]
+    file = Path(__file__).with_name("triton_interpreted.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def inverse_factorial(multiset):
+    return 1 / math.prod(math.factorial(n) for n in collections.Counter(multiset).values())
+
+
+@pytest.mark.parametrize(("head_dim", "terms"), [(3, 4), (5, 2), (4, 5), (2, 8)])
+def test_unranking_lists_every_monomial_once_with_its_weight(head_dim, terms):
+    total = math.comb(head_dim + terms - 1, terms - 1)
+    parts = [unrank(start, 7, head_dim, terms, CPU) for start in range(0, total, 7)]
+    coordinates = torch.cat([part[0] for part in parts], dim=1).T.tolist()
+    weights = torch.cat([part[1] for part in parts]).tolist()
+    wanted = set(itertools.combinations_with_replacement(range(head_dim + 1), terms - 1))
+    assert len(wanted) == total
+    assert {tuple(row) for row in coordinates[:total]} == wanted
+    for row, weight in zip(coordinates[:total], weights, strict=False):
+        assert weight == pytest.approx(inverse_factorial([c for c in row if c < head_dim]))
+    assert weights[total:] == [0.0] * (len(weights) - total)
+
+
+def test_unranking_reaches_ranks_beyond_32_bits():
+    coordinates, weights = unrank(math.comb(135, 7) - 2, 3, 128, 8, CPU)
+    assert coordinates.T.tolist()[1] == [128] * 7
+    assert coordinates.T.tolist()[0] == [127] + [128] * 6
+    assert weights.tolist() == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("head_dim", "degree"), [(5, 1), (16, 1), (4, 2), (7, 2)])
+@pytest.mark.parametrize(("chunk", "lifts"), [(4, 1), (8, 4), (16, 2)])
+def test_lifted_tiles_hold_every_monomial_of_the_next_degree_once(head_dim, degree, chunk, lifts):
+    base = base_layout(head_dim, degree, chunk).coordinates.tolist()
+    layout = lift_layout(head_dim, degree, chunk, lifts)
+    found = {}
+    for tile, weights in enumerate(layout.weights.tolist()):
+        index = layout.tile_chunk[tile]
+        assert layout.first[index] <= tile < layout.first[index] + layout.count[index]
+        assert layout.tile_lift[tile] == (tile - layout.first[index]) * lifts
+        for offset, row in enumerate(weights):
+            for feature, weight in zip(base[index], row, strict=True):
+                if weight:
+                    monomial = (int(layout.tile_lift[tile]) + offset, *feature)
+                    assert monomial not in found
+                    found[monomial] = weight
+    wanted = itertools.combinations_with_replacement(range(head_dim), degree + 1)
+    assert found == {m: pytest.approx(inverse_factorial(m)) for m in wanted}
+
+
+def test_selection_matrices_pick_both_coordinates_of_a_pair():
+    x = torch.randn(3, 16)
+    picks, coordinates = selection(16, 32), base_layout(16, 2, 32).coordinates
+    for chunk, pairs in enumerate(coordinates):
+        for side in range(2):
+            wanted = torch.where(pairs[:, side] >= 0, x[:, pairs[:, side].clamp_min(0)], 0.0)
+            assert torch.equal(x @ picks[side, chunk], wanted)
+
+
+def choice(setting="auto", **changes):
+    given = {
+        "triton_reason": "",
+        "dtype": torch.bfloat16,
+        "head_dim": 32,
+        "value_dim": 32,
+        "terms": 3,
+        "keys": 4608,
+    }
+    return choose(setting, **(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes", "path", "reason"),
+    [
+        ("auto", {}, "full", ""),
+        ("auto", {"terms": 5}, "streaming", "P 5 is above 4"),
+        ("auto", {"head_dim": 128, "value_dim": 128, "terms": 4}, "streaming", "head_dim 128"),
+        ("auto", {"keys": MIN_TOKENS - 1}, "torch", "fewer than"),
+        ("auto", {"triton_reason": "no CUDA"}, "torch", "no CUDA"),
+        ("auto", {"dtype": torch.float64}, "torch", "float64"),
+        ("torch", {}, "torch", ""),
+        ("streaming", {}, "streaming", ""),
+        ("streaming", {"triton_reason": "no CUDA"}, "torch", "no CUDA"),
+        ("full", {"keys": 10}, "full", ""),
+        ("full", {"terms": 6}, "streaming", "P 6 is above 4"),
+        ("full", {"terms": 9}, "torch", "P 9 is above 8"),
+    ],
+)
+def test_path_and_reason(setting, changes, path, reason):
+    found = choice(setting, **changes)
+    assert found.path == path
+    assert reason in found.reason
+    assert bool(found.reason) == bool(reason)
+
+
+def test_unknown_path_is_refused():
+    with pytest.raises(ValueError, match=r"taylor_path: unknown value 'fast'; allowed: auto"):
+        choice("fast")

@@ -1,0 +1,239 @@
+"""Triton kernels in Triton's interpreter, against float64. `test_taylor_triton` runs this file.
+
+The interpreter must be chosen before triton is imported and stays for the process, so these
+tests have a process of their own; pytest does not collect the file by its name.
+
+Bounds are NMSE. fp32 operands: 1e-11, a few fp32 roundings. bf16 operands: 1e-5, from roundings
+of 2⁻⁹ each in features, sums and values, where values have mean 0 and so cancel.
+"""
+
+import math
+
+import pytest
+import torch
+
+from attnscope.attention.taylor import triton_full, triton_stream
+from attnscope.attention.taylor.triton_full import split_count
+from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
+from attnscope.attention.taylor.triton_plan import FullConfig, default_config
+from attnscope.attention.taylor.triton_stream import StreamConfig
+
+BOUND = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+
+
+def tensors(head_dim, value_dim, dtype, *, queries=21, keys=45, heads=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    # Logits of standard deviation 1, the scale shared between both sides.
+    root = head_dim**-0.25
+    return (
+        (normal(1, heads, queries, head_dim) * root).to(dtype),
+        (normal(1, heads, keys, head_dim) * root).to(dtype),
+        normal(1, heads, keys, value_dim).to(dtype),
+    )
+
+
+def reference(query, key, value, terms, weights=None):
+    """The definition, in float64, without features."""
+    logits = query.double() @ key.double().transpose(-1, -2)
+    term, kernel = torch.ones_like(logits), torch.zeros_like(logits)
+    for degree in range(terms):
+        kernel += term
+        term = term * logits / (degree + 1)
+    if weights is not None:
+        kernel = kernel * weights.double()[:, :, None]
+    return kernel @ value.double(), kernel.sum(-1, keepdim=True)
+
+
+def nmse(found, wanted):
+    return float((found.double() - wanted).square().sum() / wanted.square().sum())
+
+
+def assert_close(found, wanted, dtype):
+    for name, left, right in zip(("numerator", "denominator"), found, wanted, strict=True):
+        assert left.dtype == torch.float32 and left.shape == right.shape, name
+        assert nmse(left, right) <= BOUND[dtype], name
+    # The bound has to tell the result from one that is equal for all queries; P = 1 is.
+    mean = wanted[0].mean(2, keepdim=True).expand_as(wanted[0])
+    assert torch.allclose(mean, wanted[0]) or nmse(mean, wanted[0]) > 100 * BOUND[dtype]
+
+
+FULL = [
+    # head_dim, value_dim, P, dtype
+    (32, 32, 1, torch.bfloat16),
+    (32, 32, 2, torch.bfloat16),
+    (32, 32, 3, torch.float32),
+    (32, 32, 3, torch.bfloat16),
+    (32, 32, 3, torch.float16),
+    (32, 128, 3, torch.bfloat16),
+    (64, 64, 3, torch.bfloat16),
+    (96, 96, 3, torch.bfloat16),
+    (128, 128, 3, torch.bfloat16),
+    (8, 16, 4, torch.float32),
+    (20, 24, 4, torch.bfloat16),
+    (32, 32, 4, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "terms", "dtype"), FULL)
+def test_fully_fused_sums_match_the_definition(head_dim, value_dim, terms, dtype):
+    query, key, value = tensors(head_dim, value_dim, dtype)
+    # Few large tiles where the default's many small ones would take the interpreter long.
+    config = FullConfig(chunk=128, lifts=1) if head_dim > 64 else None
+    found = triton_full.sums(query, key, value, terms, config=config)
+    assert_close(found, reference(query, key, value, terms), dtype)
+
+
+STREAMED = [
+    # head_dim, value_dim, P, dtype, options
+    (16, 16, 1, torch.bfloat16, {}),
+    (16, 20, 2, torch.float32, {}),
+    (32, 32, 3, torch.bfloat16, {"feature_chunk": 256}),
+    (32, 32, 3, torch.bfloat16, {"store_bf16": True, "value_chunk": 16}),
+    (64, 64, 3, torch.bfloat16, {"block_f": 128}),
+    (96, 96, 2, torch.bfloat16, {}),
+    (128, 130, 2, torch.bfloat16, {}),
+    (12, 16, 4, torch.float32, {"feature_chunk": 192}),
+    (8, 16, 5, torch.bfloat16, {"feature_chunk": 128}),
+    (6, 16, 5, torch.float32, {}),
+    (3, 16, 8, torch.float32, {"feature_chunk": 64}),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim", "terms", "dtype", "options"), STREAMED)
+def test_streamed_sums_match_the_definition(head_dim, value_dim, terms, dtype, options):
+    query, key, value = tensors(head_dim, value_dim, dtype)
+    found = triton_stream.sums(query, key, value, terms, config=StreamConfig(**options))
+    assert_close(found, reference(query, key, value, terms), dtype)
+
+
+def paths():
+    return [
+        pytest.param(triton_full.sums, 3, id="full-3"),
+        pytest.param(triton_full.sums, 4, id="full-4"),
+        pytest.param(triton_stream.sums, 3, id="stream-3"),
+    ]
+
+
+@pytest.mark.parametrize(("sums", "terms"), [*paths(), pytest.param(triton_full.sums, 1, id="1")])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_weights_count_and_masked_keys_may_hold_anything(sums, terms, per_head):
+    query, key, value = tensors(5, 16, torch.float32, heads=2)
+    weights = torch.rand(1, 2 if per_head else 1, key.shape[2]) + 0.1
+    weights[..., 3:11] = 0
+    wanted = reference(query, key, value, terms, weights)
+    key[:, :, 3:11] = float("nan")
+    value[:, :, 3:11] = float("inf")
+    found = sums(query, key, value, terms, weights=weights)
+    assert_close(found, wanted, torch.float32)
+
+
+@pytest.mark.parametrize(("sums", "terms"), paths())
+def test_equal_inputs_give_equal_bits(sums, terms):
+    query, key, value = tensors(16, 16, torch.bfloat16, heads=2)
+    first, second = (sums(query, key, value, terms) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("sums", "terms"), paths())
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (65, 33)])
+def test_lengths_need_not_be_multiples_of_a_tile(sums, terms, queries, keys):
+    query, key, value = tensors(5, 16, torch.float32, queries=queries, keys=keys)
+    found, wanted = sums(query, key, value, terms), reference(query, key, value, terms)
+    assert nmse(found[0], wanted[0]) < 1e-11 and nmse(found[1], wanted[1]) < 1e-11
+
+
+@pytest.mark.parametrize(("sums", "terms"), paths())
+def test_strided_views_give_what_their_copies_give(sums, terms):
+    views = [
+        x.transpose(1, 2).contiguous().transpose(1, 2)
+        for x in tensors(6, 16, torch.bfloat16, heads=2)
+    ]
+    found = sums(*views, terms)
+    copies = sums(*(x.contiguous() for x in views), terms)
+    assert all(torch.equal(a, b) for a, b in zip(found, copies, strict=True))
+
+
+@pytest.mark.parametrize("terms", [3, 4])
+def test_splits_over_keys_change_only_the_order_of_the_sum(terms, monkeypatch):
+    query, key, value = tensors(6, 16, torch.float32, keys=100)
+    whole = triton_full.sums(query, key, value, terms)
+    monkeypatch.setattr(triton_full, "split_count", lambda *_: 3)
+    split = triton_full.sums(query, key, value, terms)
+    wanted = reference(query, key, value, terms)
+    for a, b, c in zip(whole, split, wanted, strict=True):
+        assert not torch.equal(a, b) or a.numel() < 50
+        assert nmse(b, c) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FullConfig(chunk=16, lifts=1, block_t=32, block_m=64),
+        FullConfig(chunk=32, lifts=2, block_t=32, block_m=32),
+        FullConfig(chunk=64, lifts=8, block_t=64, block_m=64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("terms", [3, 4])
+def test_tile_sizes_do_not_change_the_result(config, terms):
+    query, key, value = tensors(12, 16, torch.bfloat16)
+    found = triton_full.sums(query, key, value, terms, config=config)
+    assert_close(found, reference(query, key, value, terms), torch.bfloat16)
+
+
+def test_memory_of_the_fully_fused_path_covers_what_it_holds():
+    query, key, value = tensors(32, 32, torch.bfloat16)
+    config = default_config(32, 32, 4, torch.bfloat16)
+    held = triton_full.build(key, value, 4, weights=None, config=config)
+    parts = (held.s_1, held.s_2, held.s_top, held.z_2, held.z_3)
+    largest = max(part.numel() for part in parts) * 4
+    results = query.shape[2] * 33 * 4
+    estimate = full_memory_bytes(
+        1, query.shape[2], key.shape[2], 32, 32, 4, torch.bfloat16, processors=1, config=config
+    )
+    assert estimate == sum(part.numel() * 2 for part in parts) + largest + results
+
+
+def test_memory_of_the_streaming_path_does_not_grow_with_the_feature_dimension():
+    small, large = (
+        streaming_memory_bytes(24, 4608, 128, 128, terms, torch.bfloat16) for terms in (4, 5)
+    )
+    assert large < 1.01 * small
+    assert large < full_memory_bytes(24, 4608, 4608, 64, 64, 4, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": (1, 1, 45, 8)}, "key: shape"),
+        ({"value": (1, 1, 44, 16)}, "value: shape"),
+        ({"weights": (1, 3, 45)}, "weights: shape"),
+    ],
+)
+@pytest.mark.parametrize("sums", [triton_full.sums, triton_stream.sums])
+def test_bad_shapes_are_named(sums, change, message):
+    query, key, value = tensors(16, 16, torch.float32)
+    given = {"key": key, "value": value} | {n: torch.zeros(s) for n, s in change.items()}
+    with pytest.raises(ValueError, match=message):
+        sums(query, given["key"], given["value"], 3, weights=given.get("weights"))
+
+
+def test_dtypes_and_sizes_that_no_kernel_takes_are_refused():
+    query, key, value = tensors(16, 16, torch.float64)
+    with pytest.raises(ValueError, match=r"dtype: torch\.float64"):
+        triton_full.sums(query, key, value, 3)
+    query, key, value = tensors(16, 16, torch.float32)
+    with pytest.raises(ValueError, match="P 5 is above 4"):
+        triton_full.sums(query, key, value, 5)
+    with pytest.raises(ValueError, match="P 9 is above 8"):
+        triton_stream.sums(query, key, value, 9)
+
+
+def test_splits_fill_the_processors_and_never_get_tiny():
+    assert split_count(1, 100_000, 132) == 100_000 // 512
+    assert split_count(96, 16_896, 132) == math.ceil(264 / 96)
+    assert split_count(1, 100, 132) == 1
