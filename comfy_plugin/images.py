@@ -40,6 +40,7 @@ class PreviewDraft:
     """A preview that is still to be encoded."""
 
     droppable = True
+    urgent = False
 
     def __init__(self, run_id: str, step: int, image: Any, longest: int) -> None:
         self.run_id = run_id
@@ -60,6 +61,7 @@ class FinalDraft:
     """A finished picture, read from the file that ComfyUI wrote."""
 
     droppable = True
+    urgent = True
 
     def __init__(self, run_id: str, path: str) -> None:
         self.run_id = run_id

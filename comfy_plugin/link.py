@@ -31,6 +31,7 @@ QUIET_S = 1.0
 """How long the thread stays when everything is done, so that the next run finds it."""
 
 DEVICE_POLL_S = 0.005
+PREVIEW_WAIT_S = 0.1
 
 Chore = Callable[[], Awaitable[None]]
 """Something to be done on the loop after a run."""
@@ -129,8 +130,11 @@ class Channel:
     async def _move(self, sender: Sender) -> None:
         while len(self.outbox):
             if self.outbox.next_ready():
-                self.outbox.move_next()
-                sender.wake()
+                if self.outbox.move_next():
+                    sender.wake()
+                else:
+                    # A preview comes just before its step closes: alone it would hold the step up.
+                    asyncio.get_running_loop().call_later(PREVIEW_WAIT_S, sender.wake)
                 await asyncio.sleep(0)
             else:
                 await asyncio.sleep(DEVICE_POLL_S)

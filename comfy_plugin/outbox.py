@@ -25,10 +25,12 @@ class Draft(Protocol):
     Attributes:
         run_id: of the run.
         droppable: whether it may go where space runs out.
+        urgent: whether it should be sent at once; otherwise it may wait for company.
     """
 
     run_id: str
     droppable: bool
+    urgent: bool
 
     def ready(self) -> bool:
         """Whether `build` can run without waiting."""
@@ -80,8 +82,12 @@ class Outbox:
         """Whether the oldest draft can be moved on now."""
         return bool(self._drafts) and self._drafts[0].ready()
 
-    def move_next(self) -> None:
-        """Build the oldest draft and write it to the spool. Only the link's thread calls this."""
+    def move_next(self) -> bool:
+        """Build the oldest draft and write it to the spool. Only the link's thread calls this.
+
+        Returns:
+            Whether it should be sent at once.
+        """
         with self._lock:
             draft = self._drafts.popleft()
             lost = self._lost.pop(draft.run_id, 0)
@@ -98,11 +104,12 @@ class Outbox:
         if event is not None:
             if seq == 0 and not isinstance(event, RunStarted):
                 # Its RunStarted could not be built: the server knows nothing of this run.
-                return
+                return False
             self._write(event)
         if lost and self._seqs.get(draft.run_id, 0) > 0:
             with self._lock:
                 self._count_lost(draft.run_id, lost)
+        return draft.urgent
 
     def flush_lost(self) -> None:
         """Report what was lost of runs that have nothing else to say."""

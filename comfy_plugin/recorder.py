@@ -104,6 +104,7 @@ class ClosedStep:
     """A step that is over, on its way to becoming a `StepClosed`."""
 
     droppable = True
+    urgent = True
 
     def __init__(
         self, run_id: str, variant: str, log: StepLog, clock: Clock, order: Sequence[str]

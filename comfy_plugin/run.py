@@ -34,6 +34,7 @@ class EventDraft:
     """An event that needs nothing but its number."""
 
     droppable = False
+    urgent = True
 
     def __init__(self, run_id: str, make: Callable[[int], Any]) -> None:
         self.run_id = run_id

@@ -209,7 +209,8 @@ NETWORK_DOWN = (
 
 
 ERROR_LINE = re.compile(
-    r"^\s*(?:npm error|ERROR:|error:|\w*Error:) +(?!code |A complete log|subprocess-exited)(\S.*)$",
+    r"^\s*(?:npm error|ERROR:|error:|\w*Error:) +"
+    r"(?!code |A complete log|subprocess-exited)(\S.*)$",
     re.MULTILINE,
 )
 

@@ -53,21 +53,24 @@ def setting_input(name: str, field: FieldInfo) -> Any:
         return _made(io.Combo, name, options=list(typing.get_args(kind)), **options)
     if kind is bool:
         return _made(io.Boolean, name, **options)
-    if kind is int or kind is float:
-        return _number(name, field, kind, float(str(extra.get("step") or 0)), options)
+    if kind in (int, float):
+        return _number(name, field, int if kind is int else float, options)
     raise TypeError(f"{name}: settings of type {kind} have no input")
 
 
-def _number(name: str, field: FieldInfo, kind: type, step: float, options: dict[str, Any]) -> Any:
+def _number(
+    name: str, field: FieldInfo, kind: type[int] | type[float], options: dict[str, Any]
+) -> Any:
     """The input of a number, which must have both ends: JSON has no infinity for the page."""
-    step = step or (1 if kind is int else 0.01)
+    extra: Any = field.json_schema_extra or {}
+    step = extra.get("step") or (1 if kind is int else 0.01)
     least, most, above = (_limit(field, limit) for limit in ("ge", "le", "gt"))
     if least is None and above is not None:
         # The page knows no open ends: the smallest value is a step inside.
         least = above + step
     if least is None or most is None:
         raise TypeError(f"{name}: a number needs a least and a greatest value to have an input")
-    limits = {"min": kind(least), "max": kind(most), "step": kind(step)}
+    limits: dict[str, Any] = {"min": kind(least), "max": kind(most), "step": kind(step)}
     if kind is int:
         return _made(io.Int, name, **limits, **options)
     return _made(io.Float, name, **limits, round=step, **options)

@@ -162,6 +162,7 @@ class Note(EventDraft):
         }  # fmt: skip
         super().__init__(run_id, makes.get(kind, self.fail))
         self.droppable = droppable
+        self.urgent = True
 
     @staticmethod
     def fail(seq: int) -> Any:
