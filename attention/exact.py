@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from . import masks
 from .reasons import Gate
 from .settings import MonitorSettings, VariantSettings
-from .variant import Call, Result, Variant
+from .variant import Call, Result, Variant, exact_flops
 
 
 def reference_attention(
@@ -64,3 +65,9 @@ class ExactVariant(Variant):
     ) -> Result:
         """Leave the call to the model's own attention, which alone is bit-identical."""
         return Result(out=None)
+
+    @classmethod
+    def flops(
+        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+    ) -> float:
+        return exact_flops(query_shape, key_shape)

@@ -6,10 +6,13 @@ all generated from these models. The module imports neither torch nor ComfyUI.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from .selection import LAYERS_ALLOWED, STEPS_ALLOWED, Layers, Steps
 
 
 class Group(str, Enum):
@@ -21,6 +24,7 @@ class Group(str, Enum):
     STABILITY = "stability"
     MEMORY = "memory"
     QUALITY = "quality"
+    CAPTURE = "capture"
     TRAINING = "training"
 
 
@@ -31,6 +35,7 @@ GROUP_TITLES: dict[Group, str] = {
     Group.STABILITY: "Stability and fallback",
     Group.MEMORY: "Memory",
     Group.QUALITY: "Quality measurement",
+    Group.CAPTURE: "Capture: query, key and value to files",
     Group.TRAINING: "Training",
 }
 
@@ -129,8 +134,53 @@ class _Measured(VariantSettings):
     )
 
 
+def _readable(name: str, text: str, parse: Callable[[str], Any], allowed: str) -> str:
+    """The text, if its parser takes it."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; allowed: {allowed}") from None
+    return text.strip()
+
+
 class MonitorSettings(_Measured):
     """Exact attention, watched: timing and q·k statistics, nothing changed."""
+
+    capture_layers: str = setting(
+        "",
+        Group.CAPTURE,
+        "Layers whose query, key and value are written to attnscope-captures in ComfyUI's output "
+        "folder, for attnscope evaluate: single.3, double.0-5, single or all, with commas between "
+        "them. Empty writes nothing.",
+        live=False,
+        max_length=400,
+    )
+    capture_steps: str = setting(
+        "all",
+        Group.CAPTURE,
+        "Steps at which they are written, counted from 0: 0,5,10-12 or all.",
+        live=False,
+        max_length=400,
+    )
+    capture_max_mb: int = setting(
+        1024,
+        Group.CAPTURE,
+        "Most that one run writes. Capture ends before the call that would exceed it.",
+        unit="MB",
+        live=False,
+        ge=1,
+        le=1_000_000,
+    )
+
+    @field_validator("capture_layers")
+    @classmethod
+    def _layers(cls, text: str) -> str:
+        return _readable("capture_layers", text, Layers.parse, LAYERS_ALLOWED)
+
+    @field_validator("capture_steps")
+    @classmethod
+    def _steps(cls, text: str) -> str:
+        return _readable("capture_steps", text, Steps.parse, STEPS_ALLOWED)
 
 
 class TaylorSettings(_Measured):

@@ -48,6 +48,8 @@ class Call:
         step: index into the schedule, from 0.
         scale: factor on q·k.
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
+        wants_log_mass: whether the result shall hold ``log_mass``, which costs a sampling nothing
+            where it isn't asked for.
     """
 
     settings: VariantSettings
@@ -56,6 +58,7 @@ class Call:
     step: int
     scale: float
     mask: torch.Tensor | None = None
+    wants_log_mass: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,16 @@ class Result:
         detail: the same for people, such as the refused feature dimension.
         stats: metric name to a number or a 0-dimensional tensor. Tensors stay on their device
             and are read when the step closes, so that no call waits for the device.
+        log_mass: ``[B, H, Nq]`` float32, log of the softmax denominator that the output stands
+            for, comparable to logsumexp of the scaled logits; None where the call didn't want it
+            or the variant has no such number.
     """
 
     out: torch.Tensor | None
     fallback: Fallback | None = None
     detail: str = ""
     stats: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    log_mass: torch.Tensor | None = None
 
 
 class Variant(ABC):
@@ -103,3 +110,28 @@ class Variant(ABC):
             value: ``[B, H, Nk, D]``.
             call: settings, place and mask.
         """
+
+    @classmethod
+    @abstractmethod
+    def flops(
+        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+    ) -> float:
+        """Floating-point operations of a call, a multiply-add counted as two.
+
+        An estimate by the arithmetic alone: products of matrices and of features, not memory,
+        exponentials or divisions.
+
+        Args:
+            query_shape: ``(B, H, Nq, D)``.
+            key_shape: ``(B, H, Nk, D)``; the value is taken to have the same.
+            settings: of the variant's own model.
+
+        Raises:
+            ValueError: the settings don't fit the shapes.
+        """
+
+
+def exact_flops(query_shape: Sequence[int], key_shape: Sequence[int]) -> float:
+    """4·Nq·Nk·D per head: q·k and weights·v, a multiply-add counted as two."""
+    batch, heads, queries, head_dim = query_shape
+    return 4.0 * batch * heads * queries * key_shape[2] * head_dim

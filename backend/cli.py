@@ -1,8 +1,9 @@
-"""The command line: ``attnscope serve|import|export|doctor|migrate``."""
+"""The command line: ``attnscope serve|import|export|doctor|migrate|evaluate``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -73,7 +74,63 @@ def _parser() -> argparse.ArgumentParser:
     _database_options(examining)
     examining.add_argument("--json", action="store_true", help="print JSON")
     examining.set_defaults(run=_doctor)
+
+    evaluating = commands.add_parser(
+        "evaluate",
+        help="measure variants on captured or synthetic query, key and value (needs torch)",
+        epilog="example: attnscope evaluate --synthetic content:std=2 --variants taylor:P=3 "
+        "--variants taylor:P=5,feature_projection=32",
+    )
+    evaluating.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="captured calls, or folders of them"
+    )
+    evaluating.add_argument(
+        "--variants",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="variant:setting=value,… or a JSON file; again for more; a default list otherwise",
+    )
+    evaluating.add_argument(
+        "--synthetic",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="kind:std=1,rows=64,columns=64,text_tokens=256,heads=1,seed=0, kind one of content, "
+        "positional, iso, all; again for more",
+    )
+    evaluating.add_argument("--csv", type=Path, metavar="FILE", help="write a table")
+    evaluating.add_argument("--json", type=Path, metavar="FILE", help="write JSON")
+    evaluating.add_argument("--html", type=Path, metavar="FILE", help="write a report with charts")
+    evaluating.add_argument(
+        "--queries",
+        type=_count,
+        default=512,
+        help="queries a head at which errors are measured (default 512; 0: all)",
+    )
+    evaluating.add_argument("--seed", type=_count, default=0, help="of the choice of queries")
+    evaluating.add_argument(
+        "--pairs",
+        type=_count,
+        default=3,
+        help="times that each call and exact attention are timed, in turn (default 3; 0: none)",
+    )
+    evaluating.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    evaluating.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of synthetic tensors; captured ones keep theirs",
+    )
+    evaluating.set_defaults(run=_evaluate)
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"is {text!r}; allowed: a whole number from 0")
+    return value
 
 
 def _database_options(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +211,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if any(check.state == "fail" for check in checks) else 0
 
 
-def _fail(command: str, error: Exception) -> int:
+def _evaluate(arguments: argparse.Namespace) -> int:
+    missing = [name for name in ("torch", "safetensors") if not importlib.util.find_spec(name)]
+    if missing:
+        return _fail(
+            "evaluate",
+            f"needs {' and '.join(missing)}, which the server does without: run it with the "
+            "Python of your ComfyUI, or install it here.",
+        )
+    # Only this command needs torch, and takes the seconds that loading it needs.
+    from . import evaluating  # noqa: PLC0415
+    from .evaluation_page import PlotlyMissing  # noqa: PLC0415
+
+    try:
+        evaluating.run(arguments, sys.stdout)
+    except (evaluating.EvaluationError, PlotlyMissing, OSError) as error:
+        return _fail("evaluate", error)
+    return 0
+
+
+def _fail(command: str, error: Exception | str) -> int:
     print(f"attnscope {command}: {error}", file=sys.stderr)
     return 1
 

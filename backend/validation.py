@@ -95,7 +95,7 @@ def _setting_problems(variant: str, error: ValidationError, prefix: str) -> list
         error.errors(), field_problems(error.errors(), prefix=prefix), strict=False
     ):
         name = str(item["loc"][0]) if item["loc"] else ""
-        if name in known:
+        if name in known and item["type"] != "value_error":
             problem = problem.model_copy(update={"allowed": catalogue.allowed(known[name])})
         elif item["type"] == "extra_forbidden":
             names = ", ".join(known)

@@ -25,6 +25,7 @@ from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
 from ..attention.settings import VariantSettings
 from ..attention.variant import Call, LayerId, RunInfo
+from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
 from .identity import find_place, model_info, sampler_function, sampling_info
@@ -146,6 +147,13 @@ class _Sampling:
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
         )
+        with _guarded("capture"):
+            self.run.capture = capture_for(
+                settings,
+                self.run.run_id,
+                model=lambda: model().name,
+                patch_size=_patch_size(guider.model_patcher),
+            )
         self._previews: Previews | None = None
         if self._channel is not None:
             self._previews = Previews(self.run.run_id, place.node_id, self._channel.outbox.put)
@@ -177,6 +185,9 @@ class _Sampling:
         finally:
             with _guarded("a run's end"):
                 undo.close()
+            with _guarded("a run's end"):
+                if self.run.capture is not None:
+                    self.run.capture.close()
             with _guarded("a run's end"):
                 self.run.end(status, error)
             with _guarded("a run's end"):
@@ -225,6 +236,13 @@ def _guarded(what: str) -> Iterator[None]:
         yield
     except Exception:
         log.exception("AttnScope: %s failed; sampling goes on", what)
+
+
+def _patch_size(model_patcher: Any) -> int | None:
+    """Latent pixels on a token's side, where the model says it as one number."""
+    inner = getattr(model_patcher, "model", None)
+    size = getattr(getattr(inner, "diffusion_model", None), "patch_size", None)
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _put_back(options: dict[str, Any], key: str, value: Any) -> None:
@@ -288,6 +306,9 @@ class _ModelCall:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             self._run.model_called()
+            if self._run.capture is not None:
+                context = args[3] if len(args) > 3 else kwargs.get("c_crossattn")
+                self._run.capture.model_called(args[0] if args else kwargs.get("x"), context)
         except Exception:
             log.exception("AttnScope: a model call was left out")
         return executor(*args, **kwargs)
@@ -348,6 +369,9 @@ class AttentionHook:
                 self._record(attempt, args, kwargs, start, end)
             except Exception:
                 self._complain("a call was not recorded")
+        if run.capture is not None and attempt.call is not None:
+            options = kwargs.get("transformer_options")
+            run.capture.take(attempt.call, _layer(options), run.sigma, run.step, options)
         return returned
 
     def _exact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:

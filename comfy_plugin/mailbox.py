@@ -31,6 +31,10 @@ def refusal(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False)[:5]:
         field = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "value_error":
+            # Our own validators say field, value and what is allowed.
+            parts.append(item["msg"].removeprefix("Value error, "))
+            continue
         parts.append(f"{field}: is {item.get('input')!r}; allowed: {item['msg']}")
     return "; ".join(parts)[:500]
 

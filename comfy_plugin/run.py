@@ -21,6 +21,7 @@ from ..wire import (
     RunStarted,
     SamplingInfo,
 )
+from .capture import Capture
 from .clocks import Clock
 from .mailbox import refusal
 from .outbox import Draft
@@ -55,6 +56,7 @@ class Run:
         variant: that serves this run alone.
         settings: in force for the current step.
         revision: number of the settings' revision; 0 for those that the run began with.
+        capture: writes chosen calls; None where no call is chosen.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Run:
         self.variant = variant
         self.settings = settings
         self.revision = 0
+        self.capture: Capture | None = None
         self._tracker = tracker
         self._clock = clock
         self._order = [str(layer) for layer in info.layers]

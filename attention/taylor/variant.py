@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -12,6 +13,7 @@ from ..settings import TaylorSettings, VariantSettings
 from ..variant import Call, Result, Variant
 from .attend import Options, taylor_attention
 from .features import feature_dim
+from .mass import log_mass
 
 
 def _options(settings: TaylorSettings) -> Options:
@@ -93,4 +95,35 @@ class TaylorVariant(Variant):
         }
         if settings.fallback_on_negative and bool(bad > settings.denom_fallback_frac_limit):
             return Result(None, Fallback.DENOMINATOR, "", stats)
-        return Result(attended.out, stats=stats)
+        mass = None
+        # Independent slices have a denominator each, and none that stands for the whole head.
+        if call.wants_log_mass and options.heads_per_head == 1:
+            mass = log_mass(
+                attended.denominator,
+                query,
+                key,
+                call.scale * settings.scale_mul,
+                call.mask,
+                weights,
+                centre_queries=settings.centre_queries,
+                centre_keys=settings.centre_keys,
+                eps=settings.eps,
+            )
+        return Result(attended.out, stats=stats, log_mass=mass)
+
+    @classmethod
+    def flops(
+        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+    ) -> float:
+        """R features a token, each made by a product and met by Dv values and a denominator."""
+        settings = cast(TaylorSettings, settings)
+        batch, heads, queries, head_dim = query_shape
+        options = _options(settings)
+        features = feature_dim(options.feature_width(head_dim), settings.P)
+        # Both modes hold B sets of features; independent ones meet a slice of the value each.
+        columns = head_dim // options.heads_per_head + 1
+        per_token = settings.sub_head_blocks * features * (1.0 + 2.0 * columns)
+        width = head_dim // options.heads_per_head
+        if 0 < settings.feature_projection < width:
+            per_token += 2.0 * head_dim * settings.feature_projection
+        return batch * heads * (queries + key_shape[2]) * per_token

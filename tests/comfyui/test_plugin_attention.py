@@ -43,6 +43,10 @@ class Probe(Variant):
         out = reference_attention(query, key, value, call.scale, call.mask)
         return self.act(out.to(query.dtype))
 
+    @classmethod
+    def flops(cls, query_shape: Any, key_shape: Any, settings: VariantSettings) -> float:
+        return 0.0
+
 
 class Bench:
     """A hook with its run, and the records that it makes."""

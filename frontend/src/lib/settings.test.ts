@@ -37,6 +37,21 @@ describe('parseField', () => {
   })
 })
 
+it('takes free text as it is, empty too', () => {
+  const text: SettingField = {
+    ...field('block_type'),
+    name: 'capture_layers',
+    choices: null,
+    default: '',
+  }
+  expect(parseField(text, 'single.0-5,double.3')).toEqual({
+    ok: true,
+    value: 'single.0-5,double.3',
+  })
+  expect(parseField(text, '')).toEqual({ ok: true, value: '' })
+  expect(allowedRange(text)).toBe('text')
+})
+
 it('says what is allowed', () => {
   expect(allowedRange(field('P'))).toBe('a whole number from 1 to 8')
   expect(allowedRange(field('eps'))).toBe('a number above 0, at most 1')

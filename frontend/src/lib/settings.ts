@@ -11,6 +11,7 @@ const WHOLE = /^[+-]?\d+$/
 export function allowedRange(field: SettingField): string {
   if (field.choices?.length) return field.choices.join(', ')
   if (field.type === 'boolean') return 'on or off'
+  if (field.type === 'string') return 'text'
   const kind = field.type === 'integer' ? 'a whole number' : 'a number'
   const { minimum, maximum, exclusive_minimum: above } = field
   const least = typeof above === 'number' ? `above ${above}` : null
