@@ -24,7 +24,7 @@ from ..attention.quality import sampled_stats
 from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
 from ..attention.settings import VariantSettings
-from ..attention.variant import Call, LayerId, RunInfo
+from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
@@ -317,11 +317,12 @@ class _ModelCall:
 class _Attempt:
     """What our side of a call came to."""
 
-    __slots__ = ("call", "detail", "kind", "out", "reason", "stats")
+    __slots__ = ("call", "detail", "kind", "out", "reason", "result", "stats")
 
     def __init__(self) -> None:
         self.call: AttentionCall | None = None
         self.out: torch.Tensor | None = None
+        self.result: Result | None = None
         self.kind = ""
         self.reason = ""
         self.detail = ""
@@ -391,6 +392,7 @@ class AttentionHook:
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
+                wants_log_mass=run.measures,
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:
@@ -398,6 +400,7 @@ class AttentionHook:
                 return attempt
             result = run.variant.attend(call.query, call.key, call.value, about)
             attempt.stats.update(result.stats)
+            attempt.result = result
             if result.fallback is not None:
                 attempt.fall_back(result.fallback, result.detail)
             else:
@@ -441,7 +444,7 @@ class AttentionHook:
         )
         run.record(record)
         if call is not None and run.measures:
-            settings = run.settings
+            settings, result = run.settings, attempt.result
             record.stats.update(
                 sampled_stats(
                     call.query,
@@ -452,6 +455,8 @@ class AttentionHook:
                     call.mask,
                     settings.quality_samples,  # type: ignore[attr-defined]
                     settings.quality_seed,  # type: ignore[attr-defined]
+                    effective=result.effective if result else None,
+                    log_mass=result.log_mass if result else None,
                 )
             )
 
