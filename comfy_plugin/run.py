@@ -20,6 +20,7 @@ from ..wire import (
     RunEnded,
     RunStarted,
     SamplingInfo,
+    SettingsTuned,
 )
 from .capture import Capture
 from .clocks import Clock
@@ -254,6 +255,7 @@ class Run:
                 revision, self.settings = offered
                 self.revision = revision.number
                 self._report(revision.id, "applied", step=step)
+            self._retune(step)
         if self._put is not None:
             self._step = StepLog(
                 step=step,
@@ -261,6 +263,32 @@ class Run:
                 revision=self.revision,
                 start=self._clock.mark(),
             )
+
+    def _retune(self, step: int) -> None:
+        try:
+            tuning = self.variant.retune(self.settings)
+        except Exception:
+            log.exception("AttnScope: tuning failed; the settings stay")
+            return
+        if tuning is None:
+            return
+        self.settings = tuning.settings
+        run_id, at, revision = self.run_id, time.time(), self.revision
+
+        def make(seq: int) -> SettingsTuned:
+            return SettingsTuned(
+                run_id=run_id,
+                seq=seq,
+                at=at,
+                step=step,
+                revision=revision,
+                settings=tuning.settings.model_dump(mode="json"),
+                score_before=tuning.score_before,
+                score_after=tuning.score_after,
+                detail=tuning.detail[:500],
+            )
+
+        self._tell(EventDraft(run_id, make))
 
     def _close_step(self) -> None:
         closing, self._step = self._step, None

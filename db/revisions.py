@@ -32,6 +32,12 @@ def numbered(session: Session, run: int, number: int) -> models.Revision | None:
     return session.scalar(query)
 
 
+def tuned_of_run(session: Session, run: int) -> Sequence[models.Revision]:
+    """Revisions that a run's variant found itself, newest first."""
+    query = select(models.Revision).where(models.Revision.run == run, models.Revision.tuned)
+    return session.scalars(query.order_by(models.Revision.number.desc())).all()
+
+
 def newest_standing(session: Session, run: int) -> models.Revision:
     """The newest revision that holds or may yet: what later changes are made on top of."""
     query = (
