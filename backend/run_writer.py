@@ -300,9 +300,7 @@ class RunWriter:
             base=event.revision,
             variant=run.variant,
             settings=settings.model_dump(mode="json"),
-            changes={
-                name: list(pair) for name, pair in settings.changed_from(before).items()
-            },
+            changes={name: list(pair) for name, pair in settings.changed_from(before).items()},
             state=RevisionState.APPLIED.value,
             reason=event.detail,
             requested_at=event.at,

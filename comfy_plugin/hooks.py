@@ -31,8 +31,10 @@ from .config import Config
 from .identity import find_place, model_info, sampler_function, sampling_info
 from .images import Previews
 from .layouts import AttentionCall, Unreadable, read_call
+from .memory import reserve_for
 from .plugin import get_plugin
 from .recorder import UNKNOWN_LAYER, CallRecord
+from .report import RunReport
 from .run import Run
 from .steps import StepTracker
 
@@ -143,9 +145,10 @@ class _Sampling:
             settings=settings,
             tracker=StepTracker(sigmas, sampler_function(sampler)),
             clock=clock_for(device),
-            info=RunInfo(sigmas=sigmas, layers=layers),
+            info=RunInfo(sigmas=sigmas, layers=layers, reserve=reserve_for(guider.model_patcher)),
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
+            report=_report(plan, len(sigmas) - 1),
         )
         with _guarded("capture"):
             self.run.capture = capture_for(
@@ -243,6 +246,13 @@ def _patch_size(model_patcher: Any) -> int | None:
     inner = getattr(model_patcher, "model", None)
     size = getattr(getattr(inner, "diffusion_model", None), "patch_size", None)
     return size if isinstance(size, int) and size > 0 else None
+
+
+def _report(plan: Plan, steps: int) -> RunReport | None:
+    if not plan.config.log_steps:
+        return None
+    name = plan.label or plan.variant
+    return RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))
 
 
 def _put_back(options: dict[str, Any], key: str, value: Any) -> None:

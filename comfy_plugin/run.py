@@ -27,6 +27,7 @@ from .clocks import Clock
 from .mailbox import refusal
 from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
+from .report import RunReport
 from .steps import StepTracker
 
 log = logging.getLogger("attnscope")
@@ -70,6 +71,7 @@ class Run:
         info: RunInfo,
         put: Callable[[Draft], None] | None,
         interrupt: Callable[[Run], None],
+        report: RunReport | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +82,7 @@ class Run:
             info: for the variant to prepare with.
             put: takes drafts; None records nothing.
             interrupt: stops what ComfyUI samples, if that is this run.
+            report: is told of every step and of the end, as they are built; None tells nobody.
         """
         self.run_id = uuid.uuid4().hex
         self.variant = variant
@@ -91,6 +94,7 @@ class Run:
         self._order = [str(layer) for layer in info.layers]
         self._put = put
         self._interrupt = interrupt
+        self._summary = report
         self._began = time.perf_counter()
         self._step: StepLog | None = None
         self._lock = threading.Lock()
@@ -197,8 +201,10 @@ class Run:
         run_id, at = self.run_id, time.time()
         duration_ms = (time.perf_counter() - self._began) * 1e3
 
+        summary = self._summary
+
         def make(seq: int) -> RunEnded:
-            return RunEnded(
+            ended = RunEnded(
                 run_id=run_id,
                 seq=seq,
                 at=at,
@@ -206,6 +212,9 @@ class Run:
                 error=error[:2000],
                 duration_ms=duration_ms,
             )
+            if summary is not None:
+                summary.end(ended)
+            return ended
 
         self._tell(EventDraft(run_id, make))
 
@@ -295,8 +304,11 @@ class Run:
         if closing is None or self._put is None:
             return
         if closing.calls or closing.model_calls:
+            report = self._summary.step if self._summary is not None else None
             self._tell(
-                ClosedStep(self.run_id, self.variant.name, closing, self._clock, self._order)
+                ClosedStep(
+                    self.run_id, self.variant.name, closing, self._clock, self._order, report
+                )
             )
 
     def _report(

@@ -2,9 +2,9 @@
 
 Every torch call of Python passes the dispatcher, on whatever device, so a CPU shows the same
 operators that a GPU would run. Counted are those whose answer a host reads (`item`, `bool`,
-`float`, `tolist` of a tensor come out as ``_local_scalar_dense``), those whose output shape depends
-on values (``nonzero``, boolean masks as an index, ``unique``), and copies from another device to
-the CPU that are not non-blocking.
+`float`, `tolist` of a tensor come out as ``_local_scalar_dense``), those whose output shape
+depends on values (``nonzero``, boolean masks as an index, ``unique``), and copies from another
+device to the CPU that are not non-blocking.
 
 It can't see: a wait inside a kernel or a library (cuSOLVER's error checks, Triton's launches), a
 copy from pageable memory, ``torch.cuda.synchronize`` and events, and a full queue of launches.

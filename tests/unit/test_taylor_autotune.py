@@ -111,7 +111,7 @@ def test_a_candidate_that_does_not_fall_back_goes_before_one_that_does() -> None
 def test_steps_at_which_nothing_is_due_do_not_count() -> None:
     variant = TaylorVariant()
     settings = TaylorSettings(auto_tune=True)
-    for step in range(3):
+    for _ in range(3):
         assert variant.retune(settings) is None
     variant.attend(*tensors(1.0), Call(settings, None, 0.5, 3, SCALE))
     assert variant.retune(settings) is not None
