@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from . import models
@@ -43,7 +43,12 @@ def newest_standing(session: Session, run: int) -> models.Revision:
     query = (
         select(models.Revision)
         .where(models.Revision.run == run, models.Revision.state.not_in(DROPPED_STATES))
-        .order_by(models.Revision.number.desc())
+        # What was tuned can have been numbered after a pushed one that came into force later.
+        .order_by(
+            models.Revision.state.in_(OPEN_STATES).desc(),
+            func.coalesce(models.Revision.applied_step, -1).desc(),
+            models.Revision.number.desc(),
+        )
         .limit(1)
     )
     return session.scalars(query).one()
