@@ -185,7 +185,10 @@ class StepClosed(Event):
     sigma: float
     model_calls: Count
     duration_ms: float
-    revision: Count = Field(description="number of the settings revision in force")
+    revision: Count = Field(
+        description="number of the newest revision that was pushed and taken up; one that the "
+        "variant tuned on top of it holds from its own step on"
+    )
     layers: LayerColumns
     reasons: list[ReasonCount] = Field(default_factory=list, max_length=10_000)
 
@@ -212,6 +215,18 @@ class RevisionReported(Event):
     reason: str = Field("", max_length=500)
 
 
+class SettingsTuned(Event):
+    """The variant has found settings for itself and goes on with them: a revision of its own."""
+
+    kind: Literal["tuned"] = "tuned"
+    step: Count = Field(description="first step that runs with them")
+    revision: Count = Field(description="number of the revision that was in force")
+    settings: dict[str, Any] = Field(description="complete")
+    score_before: Number = Field(description="of the settings in force; lower is better")
+    score_after: Number = Field(description="of these settings, on the same calls")
+    detail: str = Field("", max_length=500, description="for people: what was compared, and how")
+
+
 class RunEnded(Event):
     """The sampler has returned or raised."""
 
@@ -230,7 +245,13 @@ class EventsLost(Event):
 
 
 AnyEvent = Annotated[
-    RunStarted | StepClosed | ImageTaken | RevisionReported | RunEnded | EventsLost,
+    RunStarted
+    | StepClosed
+    | ImageTaken
+    | RevisionReported
+    | SettingsTuned
+    | RunEnded
+    | EventsLost,
     Field(discriminator="kind"),
 ]
 

@@ -61,6 +61,27 @@ METRICS: tuple[Metric, ...] = (
         direction=Direction.HIGHER,
     ),
     Metric(
+        "nmse_eff",
+        "NMSE, effective",
+        "Squared error of the same sampled outputs against exact attention on the query, key and "
+        "scale that were expanded, after shaping. What NMSE is more than this, shaping costs.",
+        direction=Direction.LOWER,
+        log=True,
+    ),
+    Metric(
+        "cosine_eff",
+        "Cosine similarity, effective",
+        "Mean cosine of the same sampled outputs with exact attention after shaping.",
+        direction=Direction.HIGHER,
+    ),
+    Metric(
+        "log_mass_bias",
+        "Log mass bias",
+        "Mean over sampled queries of the log of the softmax denominator that the output stands "
+        "for, less the logsumexp of the logits after shaping. Below 0 the approximation sees too "
+        "little mass.",
+    ),
+    Metric(
         "denom_min",
         "Denominator, minimum",
         "Smallest softmax denominator, divided by the number of keys.",
@@ -71,6 +92,22 @@ METRICS: tuple[Metric, ...] = (
         "denom_bad_frac",
         "Bad denominators",
         "Share of denominators at or below eps.",
+        unit="share",
+        direction=Direction.LOWER,
+        fold=Fold.MAX,
+    ),
+    Metric(
+        "probe_denom_min",
+        "Probed denominator, minimum",
+        "Smallest denominator among the queries of the early probe, divided by the number of "
+        "keys.",
+        direction=Direction.HIGHER,
+        fold=Fold.MIN,
+    ),
+    Metric(
+        "probe_bad_frac",
+        "Bad probed denominators",
+        "Share of the early probe's denominators at or below eps.",
         unit="share",
         direction=Direction.LOWER,
         fold=Fold.MAX,
@@ -93,6 +130,21 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("q_norm", "Query norm", "Mean Euclidean norm of the sampled queries."),
     Metric("k_norm", "Key norm", "Mean Euclidean norm of the sampled keys."),
+    Metric(
+        "head_dim",
+        "Head dimension",
+        "Channels per head of the layer's calls.",
+        unit="channels",
+        fold=Fold.MAX,
+    ),
+    Metric(
+        "feature_dim",
+        "Feature dimension R",
+        "Features of one series, also where the call fell back because they are too many.",
+        unit="features",
+        fold=Fold.MAX,
+        log=True,
+    ),
     Metric(
         "attn_ms",
         "Attention time",

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from . import masks
+from .variant import Effective
 
 SAMPLED_KEYS = 256
 """Keys sampled for the q·k statistics."""
@@ -114,7 +115,7 @@ def exact_rows(
     value: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of a few queries, in float32, a few heads at a time.
 
     Args:
@@ -125,20 +126,21 @@ def exact_rows(
         mask: broadcasts to ``[B, H, S, Nk]``.
 
     Returns:
-        ``[B, H, S, Dv]`` float32.
+        The output, ``[B, H, S, Dv]``, and the logsumexp of the logits, ``[B, H, S]``; float32.
     """
     batch, heads, samples, head_dim = query.shape
     tokens = key.shape[2]
     per_head = 4 * batch * tokens * (head_dim + value.shape[3] + 2 * samples)
     step = max(1, min(heads, _CHUNK_BYTES // max(1, per_head)))
-    parts = []
+    parts, masses = [], []
     for first in range(0, heads, step):
         chosen = slice(first, first + step)
         logits = torch.matmul(query[:, chosen].float(), key[:, chosen].float().transpose(-2, -1))
         head_mask = mask if mask is None or mask.shape[1] == 1 else mask[:, chosen]
-        weights = torch.softmax(masks.apply(logits * scale, head_mask), dim=-1)
-        parts.append(torch.matmul(weights, value[:, chosen].float()))
-    return torch.cat(parts, dim=1)
+        logits = masks.apply(logits * scale, head_mask)
+        masses.append(logits.logsumexp(dim=-1))
+        parts.append(torch.matmul(torch.softmax(logits, dim=-1), value[:, chosen].float()))
+    return torch.cat(parts, dim=1), torch.cat(masses, dim=1)
 
 
 def sampled_stats(
@@ -150,19 +152,24 @@ def sampled_stats(
     mask: torch.Tensor | None,
     samples: int,
     seed: int,
+    *,
+    effective: Effective | None = None,
+    log_mass: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Metrics of one call on sampled queries.
+    """Metrics of one call on sampled queries, the same ones for all of them.
 
     Args:
         query: ``[B, H, Nq, D]``, unmodified.
         key: ``[B, H, Nk, D]``, unmodified.
         value: ``[B, H, Nk, Dv]``.
         out: the variant's output ``[B, H, Nq, Dv]``; None where exact attention ran, which
-            leaves out ``nmse`` and ``cosine``.
+            leaves out the metrics that compare.
         scale: factor on q·k.
         mask: four-dimensional, see ``masks``.
         samples: queries to draw.
         seed: of the draws.
+        effective: what the output approximates, where that is another attention.
+        log_mass: of the output, ``[B, H, Nq]``; None leaves ``log_mass_bias`` out.
 
     Returns:
         Metric name to a 0-dimensional float32 tensor on the query's device.
@@ -171,9 +178,17 @@ def sampled_stats(
     some_queries = query.index_select(2, rows)
     row_mask = masks.query_rows(mask, rows)
     stats = qk_statistics(some_queries, key, scale, row_mask, seed)
-    if out is not None:
-        exact = exact_rows(some_queries, key, value, scale, row_mask)
-        approximate = out.index_select(2, rows)
-        stats["nmse"] = nmse(approximate, exact)
-        stats["cosine"] = cosine(approximate, exact)
+    if out is None:
+        return stats
+    approximate = out.index_select(2, rows)
+    exact, mass = exact_rows(some_queries, key, value, scale, row_mask)
+    stats["nmse"] = stats["nmse_eff"] = nmse(approximate, exact)
+    stats["cosine"] = stats["cosine_eff"] = cosine(approximate, exact)
+    if effective is not None:
+        shaped = effective.query.index_select(2, rows)
+        exact, mass = exact_rows(shaped, effective.key, value, effective.scale, row_mask)
+        stats["nmse_eff"] = nmse(approximate, exact)
+        stats["cosine_eff"] = cosine(approximate, exact)
+    if log_mass is not None:
+        stats["log_mass_bias"] = (log_mass.index_select(2, rows) - mass).mean()
     return stats

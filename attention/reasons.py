@@ -26,6 +26,8 @@ class Fallback(str, Enum):
     """What made a variant that was due give way to exact attention."""
 
     DENOMINATOR = "denominator"
+    DENOMINATOR_PROBE = "denominator_probe"
+    DENOMINATOR_DEFERRED = "denominator_deferred"
     NON_FINITE = "non_finite"
     FEATURE_DIM = "feature_dim"
     HEAD_DIM = "head_dim"
@@ -46,6 +48,12 @@ DESCRIPTIONS: dict[str, str] = {
     Gate.BLOCK_TYPE.value: "The block is not of the chosen type.",
     Gate.CROSS_ATTENTION.value: "Query and key lengths differ and cross attention is off.",
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
+    Fallback.DENOMINATOR_PROBE.value: (
+        "Too many denominators of the early probe were not safely positive."
+    ),
+    Fallback.DENOMINATOR_DEFERRED.value: (
+        "Too many denominators of the layer were not safely positive at an earlier step."
+    ),
     Fallback.NON_FINITE.value: "The output held NaN or infinity.",
     Fallback.FEATURE_DIM.value: "The feature dimension R exceeds max_feature_dim_R.",
     Fallback.HEAD_DIM.value: (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from .selection import LAYERS_ALLOWED, STEPS_ALLOWED, Layers, Steps
 
@@ -24,6 +24,7 @@ class Group(str, Enum):
     STABILITY = "stability"
     MEMORY = "memory"
     QUALITY = "quality"
+    TUNING = "tuning"
     CAPTURE = "capture"
     TRAINING = "training"
 
@@ -35,6 +36,7 @@ GROUP_TITLES: dict[Group, str] = {
     Group.STABILITY: "Stability and fallback",
     Group.MEMORY: "Memory",
     Group.QUALITY: "Quality measurement",
+    Group.TUNING: "Auto-tune: search for the shaping",
     Group.CAPTURE: "Capture: query, key and value to files",
     Group.TRAINING: "Training",
 }
@@ -232,6 +234,43 @@ class TaylorSettings(_Measured):
         True, Group.GATE, "Run also where query and key lengths differ.", advanced=True
     )
 
+    qk_normalize: bool = setting(
+        False,
+        Group.SCALE,
+        "Give every query and key of each head the norm 1, which leaves logits of at most the "
+        "scale: attention becomes nearly uniform. The same as a norm power of 1.",
+        title="normalize q and k",
+    )
+    qk_norm_power: float = setting(
+        0.0,
+        Group.SCALE,
+        "Divide every query and key by this power of its norm n, which leaves n^(1 - power). "
+        "0 changes nothing, 1 normalizes. It changes the operator.",
+        title="norm power",
+        ge=0.0,
+        le=1.0,
+        step=0.01,
+    )
+    qk_norm_clip: float = setting(
+        0.0,
+        Group.SCALE,
+        "Largest norm that a query or key is left with, after the norm power. 0 sets no limit.",
+        title="norm clip",
+        ge=0.0,
+        le=1000.0,
+        step=0.1,
+    )
+    qk_norm_sigma_max: float = setting(
+        0.0,
+        Group.SCALE,
+        "Change norms only at steps whose sigma is at most this. 0 sets no limit. It does not "
+        "hold for the scale factor.",
+        title="norm sigma max",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
     scale_mul: float = setting(
         1.0,
         Group.SCALE,
@@ -327,6 +366,42 @@ class TaylorSettings(_Measured):
         le=1.0,
         step=0.001,
     )
+    fallback_decision: Literal["same_call", "deferred"] = setting(
+        "same_call",
+        Group.STABILITY,
+        "same_call decides about a call by its own denominators: safe, and the host waits for "
+        "the device once a call (twice with an early probe), which a GPU feels. deferred never "
+        "waits: it decides by the layer's last step whose numbers have arrived. A layer with bad "
+        "denominators turns exact one step later; until then they are clamped to eps, and that "
+        "step's output can be wrong. It comes back when the early probe finds it well, or when "
+        "settings change.",
+        title="fallback decision",
+    )
+    early_probe: bool = setting(
+        True,
+        Group.STABILITY,
+        "Look at the denominators of a few queries first, which takes a small part of the work, "
+        "and run exact at once where too many of them are bad. Left out where the settings allow "
+        "no bad denominator (an odd P over whole heads).",
+    )
+    probe_samples: int = setting(
+        16,
+        Group.STABILITY,
+        "Queries that the early probe looks at.",
+        unit="queries",
+        ge=1,
+        le=1024,
+        advanced=True,
+    )
+    denom_fp32: bool = setting(
+        True,
+        Group.STABILITY,
+        "Test and divide by denominators in float32, in which they are summed. Off rounds them "
+        "to the dtype of the query first, as attention in half precision does. No effect on "
+        "float32 input.",
+        title="denominators in float32",
+        advanced=True,
+    )
     max_head_dim: int = setting(
         128,
         Group.STABILITY,
@@ -346,6 +421,21 @@ class TaylorSettings(_Measured):
         unit="features",
         ge=1,
         le=1_000_000_000,
+    )
+    memory_reserve: bool = setting(
+        True,
+        Group.MEMORY,
+        "Before the first call of each shape ask ComfyUI to make room for what the call will "
+        "need, which unloads models that this sampling doesn't use.",
+    )
+    memory_reserve_factor: float = setting(
+        1.1,
+        Group.MEMORY,
+        "Room asked for, as a multiple of the estimate.",
+        ge=1.0,
+        le=4.0,
+        step=0.05,
+        advanced=True,
     )
     block_size_q: int = setting(
         0,
@@ -402,6 +492,83 @@ class TaylorSettings(_Measured):
         title="store sums in bf16",
         advanced=True,
     )
+
+    auto_tune: bool = setting(
+        False,
+        Group.TUNING,
+        "In the first steps try other values of norm power, norm clip and scale factor, and go "
+        "on with those of the least error, for all layers alike. They become a revision of the "
+        "run. Switch it off and on again to tune anew.",
+    )
+    auto_tune_steps: int = setting(
+        1,
+        Group.TUNING,
+        "Steps that are tuned on; those at which no call is due don't count.",
+        unit="steps",
+        ge=1,
+        le=100,
+    )
+    auto_tune_candidates: int = setting(
+        8,
+        Group.TUNING,
+        "Settings that are tried, besides those in force.",
+        ge=1,
+        le=64,
+    )
+    auto_tune_samples: int = setting(
+        8,
+        Group.TUNING,
+        "Calls per step on which they are tried, spread over the layers.",
+        unit="calls",
+        ge=1,
+        le=1024,
+    )
+    auto_tune_max_tokens: int = setting(
+        512,
+        Group.TUNING,
+        "Queries and keys of such a call that are looked at, spread over the whole sequence.",
+        unit="tokens",
+        ge=16,
+        le=8192,
+    )
+    auto_tune_seed: int = setting(
+        0, Group.TUNING, "Seed of what is tried.", ge=0, le=2**31 - 1, advanced=True
+    )
+    auto_tune_power_min: float = setting(
+        0.2, Group.TUNING, "Least norm power that is tried.", ge=0.0, le=1.0, step=0.01,
+        advanced=True,
+    )  # fmt: skip
+    auto_tune_power_max: float = setting(
+        0.7, Group.TUNING, "Greatest norm power that is tried.", ge=0.0, le=1.0, step=0.01,
+        advanced=True,
+    )  # fmt: skip
+    auto_tune_clip_min: float = setting(
+        8.0, Group.TUNING, "Least norm clip that is tried.", ge=0.1, le=1000.0, step=0.1,
+        advanced=True,
+    )  # fmt: skip
+    auto_tune_clip_max: float = setting(
+        20.0, Group.TUNING, "Greatest norm clip that is tried.", ge=0.1, le=1000.0, step=0.1,
+        advanced=True,
+    )  # fmt: skip
+    auto_tune_scale_min: float = setting(
+        0.8, Group.TUNING, "Least scale factor that is tried.", ge=0.01, le=4.0, step=0.01,
+        advanced=True,
+    )  # fmt: skip
+    auto_tune_scale_max: float = setting(
+        1.0, Group.TUNING, "Greatest scale factor that is tried.", ge=0.01, le=4.0, step=0.01,
+        advanced=True,
+    )  # fmt: skip
+
+    @field_validator("auto_tune_power_max", "auto_tune_clip_max", "auto_tune_scale_max")
+    @classmethod
+    def _not_below_least(cls, value: float, info: ValidationInfo) -> float:
+        least = str(info.field_name).removesuffix("max") + "min"
+        if value < info.data.get(least, value):
+            raise ValueError(
+                f"{info.field_name}: is {value:g}; allowed: {least} or more, which is "
+                f"{info.data[least]:g}"
+            )
+        return value
 
 
 SETTINGS: dict[str, type[VariantSettings]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -24,6 +24,10 @@ class LayerId:
         return f"{self.block_type}.{self.block_index}"
 
 
+Reserve = Callable[[int, torch.device], None]
+"""Asks whoever manages a device's memory to make room for so many bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """What a variant may prepare for before the first call.
@@ -31,10 +35,12 @@ class RunInfo:
     Attributes:
         sigmas: the schedule, one more value than there are steps.
         layers: the model's layers in the order in which they run; empty where unknown.
+        reserve: for a variant that is about to allocate much; None where nobody listens.
     """
 
     sigmas: Sequence[float]
     layers: Sequence[LayerId] = ()
+    reserve: Reserve | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,38 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Effective:
+    """The attention that an output approximates.
+
+    Attributes:
+        query: ``[B, H, Nq, D]``.
+        key: ``[B, H, Nk, D]``.
+        scale: factor on q·k.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Settings that a variant has found for itself, and what they are worth.
+
+    Attributes:
+        settings: complete.
+        score_before: of the settings before; lower is better.
+        score_after: of these settings, on the same calls.
+        detail: for people: what was compared, and how.
+    """
+
+    settings: VariantSettings
+    score_before: float
+    score_after: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What came of a call.
 
@@ -75,6 +113,8 @@ class Result:
         log_mass: ``[B, H, Nq]`` float32, log of the softmax denominator that the output stands
             for, comparable to logsumexp of the scaled logits; None where the call didn't want it
             or the variant has no such number.
+        effective: where the variant approximates another attention than the call's own, such as
+            one with shaped query and key; None where it is the call's own.
     """
 
     out: torch.Tensor | None
@@ -82,6 +122,7 @@ class Result:
     detail: str = ""
     stats: dict[str, torch.Tensor | float] = field(default_factory=dict)
     log_mass: torch.Tensor | None = None
+    effective: Effective | None = None
 
 
 class Variant(ABC):
@@ -110,6 +151,17 @@ class Variant(ABC):
             value: ``[B, H, Nk, D]``.
             call: settings, place and mask.
         """
+
+    def retune(self, settings: VariantSettings) -> Tuning | None:
+        """Called between two steps, where waiting for the device is allowed.
+
+        Args:
+            settings: in force for the step that begins, unless others are returned.
+
+        Returns:
+            Settings to go on with; None to change nothing.
+        """
+        return None
 
     @classmethod
     @abstractmethod

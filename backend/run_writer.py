@@ -21,6 +21,7 @@ from ..wire import (
     RunEnded,
     RunStarted,
     RunStatus,
+    SettingsTuned,
     StepClosed,
 )
 from . import aggregates, steering, validation
@@ -57,6 +58,7 @@ class RunWriter:
         self.reason_rows: list[tuple[Any, ...]] = []
         self.nmse_worst: float | None = None
         self.attn_ms: float | None = None
+        self.tuned: Sequence[models.Revision] | None = None
 
     def write(self, instance_id: str, events: Sequence[AnyEvent]) -> int:
         """Store what is new among the events.
@@ -158,6 +160,8 @@ class RunWriter:
             self._take_image(run, event)
         elif isinstance(event, RevisionReported):
             self._take_report(run, event)
+        elif isinstance(event, SettingsTuned):
+            self._take_tuned(run, event)
         elif isinstance(event, RunEnded):
             self._take_end(run, event)
         elif isinstance(event, EventsLost):
@@ -179,7 +183,7 @@ class RunWriter:
             "closed_at": event.at,
             "model_calls": event.model_calls,
             "duration_ms": event.duration_ms,
-            "revision": event.revision,
+            "revision": self._revision_of(run, event),
         }
         values["nan_fields"] = numbers.nan_names(values)
         self.step_rows.append(tuple(values[name] for name in steps.STEP_COLUMNS))
@@ -281,10 +285,45 @@ class RunWriter:
             row.settled_at = event.at
             if event.state == "applied":
                 row.applied_step = event.step
-                if row.number > run.applied_revision:
-                    run.applied_revision = row.number
-                    run.settings = row.settings
+                # in the order of the sampler, in which a tuned revision may have come before
+                run.applied_revision = row.number
+                run.settings = row.settings
         self.tx.changed("revision", run.run_id, row.id)
+
+    def _take_tuned(self, run: models.Run, event: SettingsTuned) -> None:
+        settings = validation.settings(run.variant, event.settings, "settings.")
+        before = validation.settings(run.variant, run.settings, "settings.")
+        row = models.Revision(
+            id=changes.take_numbers(self.session, changes.MESSAGE_COUNTER),
+            run=run.id,
+            number=run.revision + 1,
+            base=event.revision,
+            variant=run.variant,
+            settings=settings.model_dump(mode="json"),
+            changes={name: list(pair) for name, pair in settings.changed_from(before).items()},
+            state=RevisionState.APPLIED.value,
+            reason=event.detail,
+            requested_at=event.at,
+            settled_at=event.at,
+            applied_step=event.step,
+            tuned=True,
+        )
+        self.session.add(row)
+        self.session.flush()
+        run.revision = run.applied_revision = row.number
+        run.settings = row.settings
+        self.tuned = None
+        self.tx.changed("revision", run.run_id, row.id)
+
+    def _revision_of(self, run: models.Run, event: StepClosed) -> int:
+        """The plugin knows the numbers of what was pushed; the server numbers what it tuned."""
+        if self.tuned is None:
+            self.tuned = revisions.tuned_of_run(self.session, run.id)
+        for row in self.tuned:
+            first = row.applied_step or 0
+            if row.base == event.revision and event.step >= first:
+                return row.number
+        return event.revision
 
     def _take_end(self, run: models.Run, event: RunEnded) -> None:
         if run.ended_at is not None:

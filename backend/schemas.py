@@ -273,6 +273,9 @@ class Revision(Message):
     settled_at: float | None
     applied_step: int | None
     instance_revision: int | None
+    tuned: bool = Field(
+        False, description="whether the variant found them itself; reason says how it judged"
+    )
 
 
 class Revisions(Message):

@@ -194,6 +194,7 @@ def revision(row: models.Revision, run_id: str) -> Revision:
         settled_at=row.settled_at,
         applied_step=row.applied_step,
         instance_revision=row.instance_revision,
+        tuned=row.tuned,
     )
 
 

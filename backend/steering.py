@@ -110,6 +110,7 @@ def add_revision(
         reason="",
         requested_at=now(),
         instance_revision=instance_revision,
+        tuned=False,
     )
     tx.session.add(row)
     run.revision = row.number

@@ -39,6 +39,7 @@ class Config:
         spool_bytes: bound of the unsent events on disk.
         queue_events: bound of the events that wait in memory for the link's thread.
         linger_s: seconds after the last run for which unsent events are still tried.
+        log_steps: whether each step and run is summed up in one line of ComfyUI's log.
     """
 
     url: str = DEFAULT_URL
@@ -47,6 +48,7 @@ class Config:
     spool_bytes: int = 256 * 2**20
     queue_events: int = 4096
     linger_s: float = 60.0
+    log_steps: bool = True
 
 
 def _address(field: str, value: Any) -> str:
@@ -105,10 +107,12 @@ def _apply(config: Config, values: Mapping[str, Any], names: Mapping[str, str]) 
             changes["spool_bytes"] = int(_number(field, value, 1, 1_000_000) * 2**20)
         elif key == "linger_s":
             changes["linger_s"] = _number(field, value, 0, 86_400)
+        elif key == "log_steps":
+            changes["log_steps"] = _flag(field, value)
     return replace(config, **changes)
 
 
-FILE_KEYS = ("url", "token", "disabled", "spool_mb", "linger_s")
+FILE_KEYS = ("url", "token", "disabled", "spool_mb", "linger_s", "log_steps")
 
 ENVIRONMENT = {
     "url": "ATTNSCOPE_URL",
@@ -116,6 +120,7 @@ ENVIRONMENT = {
     "disabled": "ATTNSCOPE_DISABLE",
     "spool_mb": "ATTNSCOPE_SPOOL_MB",
     "linger_s": "ATTNSCOPE_LINGER_S",
+    "log_steps": "ATTNSCOPE_LOG_STEPS",
 }
 
 

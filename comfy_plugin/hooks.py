@@ -24,15 +24,17 @@ from ..attention.quality import sampled_stats
 from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
 from ..attention.settings import VariantSettings
-from ..attention.variant import Call, LayerId, RunInfo
+from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
 from .identity import find_place, model_info, sampler_function, sampling_info
 from .images import Previews
 from .layouts import AttentionCall, Unreadable, read_call
+from .memory import reserve_for
 from .plugin import get_plugin
 from .recorder import UNKNOWN_LAYER, CallRecord
+from .report import RunReport
 from .run import Run
 from .steps import StepTracker
 
@@ -143,9 +145,10 @@ class _Sampling:
             settings=settings,
             tracker=StepTracker(sigmas, sampler_function(sampler)),
             clock=clock_for(device),
-            info=RunInfo(sigmas=sigmas, layers=layers),
+            info=RunInfo(sigmas=sigmas, layers=layers, reserve=reserve_for(guider.model_patcher)),
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
+            report=_report(plan, len(sigmas) - 1),
         )
         with _guarded("capture"):
             self.run.capture = capture_for(
@@ -245,6 +248,13 @@ def _patch_size(model_patcher: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def _report(plan: Plan, steps: int) -> RunReport | None:
+    if not plan.config.log_steps:
+        return None
+    name = plan.label or plan.variant
+    return RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))
+
+
 def _put_back(options: dict[str, Any], key: str, value: Any) -> None:
     if value is None:
         options.pop(key, None)
@@ -317,11 +327,12 @@ class _ModelCall:
 class _Attempt:
     """What our side of a call came to."""
 
-    __slots__ = ("call", "detail", "kind", "out", "reason", "stats")
+    __slots__ = ("call", "detail", "kind", "out", "reason", "result", "stats")
 
     def __init__(self) -> None:
         self.call: AttentionCall | None = None
         self.out: torch.Tensor | None = None
+        self.result: Result | None = None
         self.kind = ""
         self.reason = ""
         self.detail = ""
@@ -391,6 +402,7 @@ class AttentionHook:
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
+                wants_log_mass=run.measures,
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:
@@ -398,6 +410,7 @@ class AttentionHook:
                 return attempt
             result = run.variant.attend(call.query, call.key, call.value, about)
             attempt.stats.update(result.stats)
+            attempt.result = result
             if result.fallback is not None:
                 attempt.fall_back(result.fallback, result.detail)
             else:
@@ -441,7 +454,7 @@ class AttentionHook:
         )
         run.record(record)
         if call is not None and run.measures:
-            settings = run.settings
+            settings, result = run.settings, attempt.result
             record.stats.update(
                 sampled_stats(
                     call.query,
@@ -452,6 +465,8 @@ class AttentionHook:
                     call.mask,
                     settings.quality_samples,  # type: ignore[attr-defined]
                     settings.quality_seed,  # type: ignore[attr-defined]
+                    effective=result.effective if result else None,
+                    log_mass=result.log_mass if result else None,
                 )
             )
 

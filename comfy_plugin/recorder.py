@@ -7,9 +7,10 @@ layer into one row when the copy has arrived.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from ..attention.metrics import BY_NAME, Fold
 from ..wire import LayerColumns, ReasonCount, StepClosed
 from .clocks import Clock
+
+log = logging.getLogger("attnscope")
 
 UNKNOWN_LAYER = "unknown.0"
 """Stands for the calls of a model that doesn't say which block calls."""
@@ -107,7 +110,13 @@ class ClosedStep:
     urgent = True
 
     def __init__(
-        self, run_id: str, variant: str, log: StepLog, clock: Clock, order: Sequence[str]
+        self,
+        run_id: str,
+        variant: str,
+        log: StepLog,
+        clock: Clock,
+        order: Sequence[str],
+        report: Callable[[StepClosed], None] | None = None,
     ) -> None:
         """
         Args:
@@ -116,7 +125,9 @@ class ClosedStep:
             log: the step; nothing is appended to it from now on.
             clock: of the sampling device.
             order: the model's layers in the order in which they run.
+            report: is told of the step when it is built.
         """
+        self._report = report
         self.run_id = run_id
         self.at = time.time()
         self._variant = variant
@@ -139,22 +150,29 @@ class ClosedStep:
 
     def build(self, seq: int) -> StepClosed:
         """The message; only when `ready`."""
-        log = self._log
+        step = self._log
         for (index, name), value in zip(self._slots, self._copy.values(), strict=True):
-            log.calls[index].stats[name] = value
-        rows = self._rows(log.calls)
-        return StepClosed(
+            step.calls[index].stats[name] = value
+        rows = self._rows(step.calls)
+        closed = StepClosed(
             run_id=self.run_id,
             seq=seq,
             at=self.at,
-            step=log.step,
-            sigma=math.nan if log.sigma is None else log.sigma,
-            model_calls=log.model_calls,
-            duration_ms=self._clock.elapsed_ms(log.start, self._end),
-            revision=log.revision,
+            step=step.step,
+            sigma=math.nan if step.sigma is None else step.sigma,
+            model_calls=step.model_calls,
+            duration_ms=self._clock.elapsed_ms(step.start, self._end),
+            revision=step.revision,
             layers=self._columns(rows),
             reasons=list(self._reasons(rows)),
         )
+        if self._report is not None:
+            try:
+                self._report(closed)
+            except Exception:
+                # A line of the log must not cost the step.
+                log.exception("AttnScope: a step could not be summed up")
+        return closed
 
     def _rows(self, calls: Iterable[CallRecord]) -> list[tuple[str, list[CallRecord]]]:
         by_layer: dict[str, list[CallRecord]] = {}

@@ -20,12 +20,14 @@ from ..wire import (
     RunEnded,
     RunStarted,
     SamplingInfo,
+    SettingsTuned,
 )
 from .capture import Capture
 from .clocks import Clock
 from .mailbox import refusal
 from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
+from .report import RunReport
 from .steps import StepTracker
 
 log = logging.getLogger("attnscope")
@@ -69,6 +71,7 @@ class Run:
         info: RunInfo,
         put: Callable[[Draft], None] | None,
         interrupt: Callable[[Run], None],
+        report: RunReport | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +82,7 @@ class Run:
             info: for the variant to prepare with.
             put: takes drafts; None records nothing.
             interrupt: stops what ComfyUI samples, if that is this run.
+            report: is told of every step and of the end, as they are built; None tells nobody.
         """
         self.run_id = uuid.uuid4().hex
         self.variant = variant
@@ -90,6 +94,7 @@ class Run:
         self._order = [str(layer) for layer in info.layers]
         self._put = put
         self._interrupt = interrupt
+        self._summary = report
         self._began = time.perf_counter()
         self._step: StepLog | None = None
         self._lock = threading.Lock()
@@ -196,8 +201,10 @@ class Run:
         run_id, at = self.run_id, time.time()
         duration_ms = (time.perf_counter() - self._began) * 1e3
 
+        summary = self._summary
+
         def make(seq: int) -> RunEnded:
-            return RunEnded(
+            ended = RunEnded(
                 run_id=run_id,
                 seq=seq,
                 at=at,
@@ -205,6 +212,9 @@ class Run:
                 error=error[:2000],
                 duration_ms=duration_ms,
             )
+            if summary is not None:
+                summary.end(ended)
+            return ended
 
         self._tell(EventDraft(run_id, make))
 
@@ -254,6 +264,7 @@ class Run:
                 revision, self.settings = offered
                 self.revision = revision.number
                 self._report(revision.id, "applied", step=step)
+            self._retune(step)
         if self._put is not None:
             self._step = StepLog(
                 step=step,
@@ -262,13 +273,42 @@ class Run:
                 start=self._clock.mark(),
             )
 
+    def _retune(self, step: int) -> None:
+        try:
+            tuning = self.variant.retune(self.settings)
+        except Exception:
+            log.exception("AttnScope: tuning failed; the settings stay")
+            return
+        if tuning is None:
+            return
+        self.settings = tuning.settings
+        run_id, at, revision = self.run_id, time.time(), self.revision
+
+        def make(seq: int) -> SettingsTuned:
+            return SettingsTuned(
+                run_id=run_id,
+                seq=seq,
+                at=at,
+                step=step,
+                revision=revision,
+                settings=tuning.settings.model_dump(mode="json"),
+                score_before=tuning.score_before,
+                score_after=tuning.score_after,
+                detail=tuning.detail[:500],
+            )
+
+        self._tell(EventDraft(run_id, make))
+
     def _close_step(self) -> None:
         closing, self._step = self._step, None
         if closing is None or self._put is None:
             return
         if closing.calls or closing.model_calls:
+            report = self._summary.step if self._summary is not None else None
             self._tell(
-                ClosedStep(self.run_id, self.variant.name, closing, self._clock, self._order)
+                ClosedStep(
+                    self.run_id, self.variant.name, closing, self._clock, self._order, report
+                )
             )
 
     def _report(

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -246,6 +247,7 @@ class Revision(Base):
     settled_at: Mapped[float | None]
     applied_step: Mapped[int | None] = mapped_column(BigInteger)
     instance_revision: Mapped[int | None] = mapped_column(BigInteger)
+    tuned: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class InstanceSettings(Base):

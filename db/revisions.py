@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from . import models
@@ -32,12 +32,23 @@ def numbered(session: Session, run: int, number: int) -> models.Revision | None:
     return session.scalar(query)
 
 
+def tuned_of_run(session: Session, run: int) -> Sequence[models.Revision]:
+    """Revisions that a run's variant found itself, newest first."""
+    query = select(models.Revision).where(models.Revision.run == run, models.Revision.tuned)
+    return session.scalars(query.order_by(models.Revision.number.desc())).all()
+
+
 def newest_standing(session: Session, run: int) -> models.Revision:
     """The newest revision that holds or may yet: what later changes are made on top of."""
     query = (
         select(models.Revision)
         .where(models.Revision.run == run, models.Revision.state.not_in(DROPPED_STATES))
-        .order_by(models.Revision.number.desc())
+        # What was tuned can have been numbered after a pushed one that came into force later.
+        .order_by(
+            models.Revision.state.in_(OPEN_STATES).desc(),
+            func.coalesce(models.Revision.applied_step, -1).desc(),
+            models.Revision.number.desc(),
+        )
         .limit(1)
     )
     return session.scalars(query).one()

@@ -23,6 +23,8 @@ class Options:
     feature_projection: int = 0
     block_q: int = 0
     block_k: int = 0
+    round_denominators: bool = False
+    """To the dtype of the query, as attention in half precision does."""
 
     @property
     def heads_per_head(self) -> int:
@@ -57,6 +59,13 @@ class Attended:
 
     out: torch.Tensor
     denominator: torch.Tensor
+
+
+def rounded(denominator: torch.Tensor, dtype: torch.dtype, options: Options) -> torch.Tensor:
+    """Denominators as they are tested and divided by; their dtype stays."""
+    if not options.round_denominators:
+        return denominator
+    return denominator.to(dtype).to(denominator.dtype)
 
 
 def head_bytes(
@@ -163,7 +172,7 @@ def _attend_some(
     if ready.weights is not None:
         mass = ready.weights.sum(dim=-1)[:, :, None, None]
     # A head without a live key gives 0/0 here and so counts as bad.
-    denominator = denominator / mass
+    denominator = rounded(denominator / mass, query.dtype, options)
     numerator = numerator.div_(denominator.clamp_min(eps) * mass)
     if ready.value_mean is not None:
         numerator = numerator.add_(ready.value_mean)

@@ -53,10 +53,10 @@ def setting_input(name: str, field: FieldInfo) -> Any:
         return _made(io.Combo, name, options=list(typing.get_args(kind)), **options)
     if kind is bool:
         return _made(io.Boolean, name, **options)
-    if kind in (int, float):
-        return _number(name, field, int if kind is int else float, options)
     if kind is str:
         return _made(io.String, name, **options)
+    if kind in (int, float):
+        return _number(name, field, int if kind is int else float, options)
     raise TypeError(f"{name}: settings of type {kind} have no input")
 
 

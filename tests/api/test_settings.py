@@ -234,3 +234,53 @@ def test_reports_on_unknown_revisions_do_no_harm(api: Any) -> None:
     api.send(script.report(999, "applied", 1), script.report(pushed["id"], "applied", 1))
     assert revisions(api, other)[1]["state"] == "pending"
     assert api.get(f"/runs/{script.run_id}")["applied_revision"] == 0
+
+
+def test_tuned_settings_become_a_revision_that_is_in_force(api: Any) -> None:
+    script = begin(api)
+    api.send(script.tuned(1, qk_norm_power=0.4), script.step(1), script.step(2))
+    first, row = revisions(api, script)
+    assert (first["tuned"], row["tuned"]) == (False, True)
+    assert (row["number"], row["base"], row["state"], row["applied_step"]) == (1, 0, "applied", 1)
+    assert row["changes"] == {"qk_norm_power": [0.0, 0.4]}
+    assert row["reason"] == "mean NMSE 0.5 → 0.25"
+    run = api.get(f"/runs/{script.run_id}")
+    assert run["applied_revision"] == run["revision"] == 1
+    assert run["settings"]["qk_norm_power"] == 0.4
+    # The plugin doesn't know the number; the steps have it all the same.
+    steps = api.get(f"/runs/{script.run_id}/steps")["items"]
+    assert [step["revision"] for step in steps] == [0, 1, 1]
+    # A change by hand builds on what was tuned.
+    pushed = put(api, script, 1, P=5)
+    assert pushed["settings"]["qk_norm_power"] == 0.4
+    api.send(script.report(pushed["id"], "applied", 3), script.step(3, revision=2))
+    steps = api.get(f"/runs/{script.run_id}/steps")["items"]
+    assert [step["revision"] for step in steps] == [0, 1, 1, 2]
+    assert api.get(f"/runs/{script.run_id}")["settings"]["P"] == 5
+
+
+def test_tuning_that_found_nothing_better_is_a_revision_without_changes(api: Any) -> None:
+    script = begin(api)
+    api.send(script.tuned(1))
+    row = revisions(api, script)[1]
+    assert row["tuned"] and row["changes"] == {} and row["state"] == "applied"
+
+
+def test_a_pushed_revision_that_tuning_overtook_is_still_taken_up(api: Any) -> None:
+    script = begin(api)
+    pushed = put(api, script, 0, P=5)
+    api.send(script.tuned(1, scale_mul=0.9), script.step(1))
+    assert [row["state"] for row in revisions(api, script)] == ["applied", "pending", "applied"]
+    api.send(script.report(pushed["id"], "applied", 2), script.step(2, revision=1))
+    run = api.get(f"/runs/{script.run_id}")
+    assert run["applied_revision"] == 1
+    assert (run["settings"]["P"], run["settings"]["scale_mul"]) == (5, 1.0)
+    # What comes next builds on what is in force, not on what was numbered last.
+    assert put(api, script, 2, eps=0.1)["settings"]["scale_mul"] == 1.0
+
+
+def test_tuned_settings_that_are_not_allowed_are_refused(api: Any) -> None:
+    script = begin(api)
+    answer = api.post(script.tuned(1, scale_mul=99.0))
+    assert answer.status_code == 422 and "scale_mul" in answer.text
+    assert len(revisions(api, script)) == 1

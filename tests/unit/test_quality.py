@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from attnscope.attention import metrics, quality
 from attnscope.attention.exact import reference_attention
+from attnscope.attention.variant import Effective
 
 SCALE = 0.25
 
@@ -34,6 +37,7 @@ def test_all_queries_sampled_give_the_full_metrics() -> None:
         "q_norm": q.norm(dim=-1).mean(),
         "k_norm": k.norm(dim=-1).mean(),
     }
+    expected["nmse_eff"], expected["cosine_eff"] = expected["nmse"], expected["cosine"]
     assert set(stats) == set(expected) <= set(metrics.METRIC_NAMES)
     for name, value in expected.items():
         assert float(stats[name]) == pytest.approx(float(value), rel=1e-4, abs=2e-2), name
@@ -77,9 +81,11 @@ def test_nan_in_the_output_shows_in_the_metric() -> None:
 
 def test_heads_taken_a_few_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors()
-    whole = quality.exact_rows(q, k, v, SCALE, None)
+    whole, whole_mass = quality.exact_rows(q, k, v, SCALE, None)
     monkeypatch.setattr(quality, "_CHUNK_BYTES", 1)
-    torch.testing.assert_close(quality.exact_rows(q, k, v, SCALE, None), whole)
+    parts, mass = quality.exact_rows(q, k, v, SCALE, None)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(mass, whole_mass)
 
 
 def test_samples_spread_over_the_whole_sequence_and_repeat() -> None:
@@ -100,3 +106,40 @@ def test_worst_layer_follows_the_metrics_direction_and_nan_is_worst() -> None:
     assert metrics.worst(metrics.BY_NAME["q_norm"], [1.0]) is None
     assert metrics.median([None, 3.0, float("nan"), 1.0]) == 2.0
     assert metrics.median([None]) is None
+
+
+def test_effective_quality_is_against_the_attention_that_was_approximated() -> None:
+    q, k, v = tensors()
+    soft = Effective(q * 0.5, k, SCALE * 0.7)
+    out = reference_attention(soft.query, soft.key, v, soft.scale)
+    mass = (soft.query @ k.transpose(-2, -1) * soft.scale).logsumexp(-1)
+    stats = quality.sampled_stats(
+        q, k, v, out, SCALE, None, 16, 0, effective=soft, log_mass=mass + 0.25
+    )
+    assert float(stats["nmse_eff"]) < 1e-10 < 1e-4 < float(stats["nmse"])
+    assert float(stats["cosine_eff"]) > 1 - 1e-6 > float(stats["cosine"])
+    assert float(stats["log_mass_bias"]) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_without_shaping_effective_quality_costs_nothing() -> None:
+    q, k, v = tensors()
+    stats = quality.sampled_stats(q, k, v, v, SCALE, None, 16, 0)
+    assert stats["nmse_eff"] is stats["nmse"] and stats["cosine_eff"] is stats["cosine"]
+
+
+def test_raw_and_effective_quality_look_at_the_same_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = tensors()
+    asked: list[torch.Tensor] = []
+
+    def exact_rows(query: torch.Tensor, *rest: Any) -> Any:
+        asked.append(query)
+        return original(query, *rest)
+
+    original = quality.exact_rows
+    monkeypatch.setattr(quality, "exact_rows", exact_rows)
+    quality.sampled_stats(q, k, v, v, SCALE, None, 5, 3, effective=Effective(q, k, SCALE / 2))
+    raw, effective = asked
+    torch.testing.assert_close(raw, effective)
+    assert raw.shape[2] == 5

@@ -497,7 +497,7 @@ export interface components {
             protocol: 1;
             instance: components["schemas"]["InstanceInfo"];
             /** Events */
-            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
+            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["SettingsTuned"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
         };
         /**
          * Change
@@ -1159,6 +1159,12 @@ export interface components {
             applied_step: number | null;
             /** Instance Revision */
             instance_revision: number | null;
+            /**
+             * Tuned
+             * @description whether the variant found them itself; reason says how it judged
+             * @default false
+             */
+            tuned: boolean;
         };
         /**
          * RevisionPushed
@@ -1185,12 +1191,6 @@ export interface components {
             settings: {
                 [key: string]: unknown;
             };
-            /**
-             * Instance Revision
-             * @description set when it comes from the instance-wide settings, which the plugin keeps for its later runs
-             * @default null
-             */
-            instance_revision: number | null;
         };
         /**
          * RevisionReported
@@ -1552,6 +1552,62 @@ export interface components {
             title: string;
         };
         /**
+         * SettingsTuned
+         * @description The variant has found settings for itself and goes on with them: a revision of its own.
+         */
+        SettingsTuned: {
+            /**
+             * Run Id
+             * @description UUID, 32 hex digits
+             */
+            run_id: string;
+            /** Seq */
+            seq: number;
+            /**
+             * At
+             * @description seconds since 1970, UTC
+             */
+            at: number;
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "tuned";
+            /**
+             * Step
+             * @description first step that runs with them
+             */
+            step: number;
+            /**
+             * Revision
+             * @description number of the revision that was in force
+             */
+            revision: number;
+            /**
+             * Settings
+             * @description complete
+             */
+            settings: {
+                [key: string]: unknown;
+            };
+            /**
+             * Score Before
+             * @description of the settings in force; lower is better
+             */
+            score_before: number | null;
+            /**
+             * Score After
+             * @description of these settings, on the same calls
+             */
+            score_after: number | null;
+            /**
+             * Detail
+             * @description for people: what was compared, and how
+             * @default
+             */
+            detail: string;
+        };
+        /**
          * Step
          * @description One closed step with figures over its layers.
          */
@@ -1632,7 +1688,7 @@ export interface components {
             duration_ms: number;
             /**
              * Revision
-             * @description number of the settings revision in force
+             * @description number of the newest revision that was pushed and taken up; one that the variant tuned on top of it holds from its own step on
              */
             revision: number;
             layers: components["schemas"]["LayerColumns"];
@@ -1747,6 +1803,7 @@ export type SessionRequest = components['schemas']['SessionRequest'];
 export type SessionState = components['schemas']['SessionState'];
 export type SettingField = components['schemas']['SettingField'];
 export type SettingGroup = components['schemas']['SettingGroup'];
+export type SettingsTuned = components['schemas']['SettingsTuned'];
 export type Step = components['schemas']['Step'];
 export type StepClosed = components['schemas']['StepClosed'];
 export type StepDelta = components['schemas']['StepDelta'];
