@@ -128,6 +128,7 @@ export function revision(number: number, parts: Partial<Revision> = {}): Revisio
     delivered_at: null,
     settled_at: null,
     applied_step: number === 0 ? 0 : number * 4,
+    tuned: false,
     instance_revision: null,
     ...parts,
   }
