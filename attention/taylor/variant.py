@@ -18,9 +18,11 @@ from .deferred import WorstByLayer
 from .features import feature_dim
 from .mass import log_mass
 from .memory import Shape, working_bytes
+from .paths import pick
 from .probe import least_denominator, probe_denominators
 from .reservation import Reservation
 from .shaping import shape
+from .triton_stream import StreamConfig
 
 
 def _options(settings: TaylorSettings) -> Options:
@@ -203,6 +205,14 @@ class TaylorVariant(Variant):
 
     def _expand(self, job: _Job) -> Result:
         settings, shaped = job.settings, job.shaped
+        stream = StreamConfig(
+            feature_chunk=settings.fused_feature_chunk_size,
+            value_chunk=settings.fused_value_chunk_size,
+            store_bf16=settings.s_store_bf16,
+        )
+        _, sums = pick(
+            settings.taylor_path, stream, job.options, shaped.query, job.value, settings.P
+        )
         attended = taylor_attention(
             shaped.query,
             shaped.key,
@@ -212,6 +222,7 @@ class TaylorVariant(Variant):
             weights=job.weights,
             options=job.options,
             eps=settings.eps,
+            sums=sums,
         )
         bad = job.bad_share(attended.denominator)
         job.stats["denom_min"] = attended.denominator.min()

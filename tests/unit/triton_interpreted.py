@@ -12,7 +12,9 @@ import math
 import pytest
 import torch
 
-from attnscope.attention.taylor import triton_full, triton_stream
+from attnscope.attention.taylor import kernel, triton_full, triton_stream
+from attnscope.attention.taylor.attend import Options, taylor_attention
+from attnscope.attention.taylor.paths import TritonSums, pick
 from attnscope.attention.taylor.triton_full import split_count
 from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
 from attnscope.attention.taylor.triton_plan import FullConfig, default_config
@@ -237,3 +239,29 @@ def test_splits_fill_the_processors_and_never_get_tiny():
     assert split_count(1, 100_000, 132) == 100_000 // 512
     assert split_count(96, 16_896, 132) == math.ceil(264 / 96)
     assert split_count(1, 100, 132) == 1
+
+
+@pytest.mark.parametrize("path", ["full", "streaming"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_paths_stand_in_for_the_torch_sums(path, weighted):
+    query, key, value = tensors(16, 24, torch.float32, heads=2)
+    weights = torch.rand(1, 2, key.shape[2]) if weighted else None
+    sums = TritonSums(path, torch.float32, StreamConfig(feature_chunk=64))
+    for constant in (True, False):
+        found = sums(query, key, value, 3, weights=weights, constant=constant)
+        wanted = kernel.sums(
+            query.double(), key.double(), value.double(), 3, weights=weights, constant=constant
+        )
+        assert_close(found, wanted, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["independent", "shared"])
+def test_whole_heads_come_out_the_same_on_every_path(mode):
+    query, key, value = tensors(32, 32, torch.float32, heads=2)
+    options = Options(sub_head_blocks=2, sub_head_mode=mode)
+    wanted = taylor_attention(query, key, value, 1.0, 3, options=options).out.double()
+    for path in ("full", "streaming"):
+        choice, sums = pick(path, StreamConfig(), options, query, value, 3)
+        assert choice.path == path
+        found = taylor_attention(query, key, value, 1.0, 3, options=options, sums=sums).out
+        assert nmse(found, wanted) <= 1e-10
