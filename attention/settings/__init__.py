@@ -1,0 +1,44 @@
+"""Every setting of every variant, defined once.
+
+The nodes' inputs, the REST schema, the form in the page and the check of a pushed revision are
+all generated from these models. The module imports neither torch nor ComfyUI.
+"""
+
+from __future__ import annotations
+
+from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
+from .monitor import MonitorSettings
+from .taylor import TaylorSettings
+
+SETTINGS: dict[str, type[VariantSettings]] = {
+    "exact": MonitorSettings,
+    "taylor": TaylorSettings,
+}
+"""Settings model of each variant, by the variant's name."""
+
+
+def settings_model(variant: str) -> type[VariantSettings]:
+    """The settings model of a variant.
+
+    Raises:
+        KeyError: the variant is unknown; the message names those that are known.
+    """
+    try:
+        return SETTINGS[variant]
+    except KeyError:
+        raise KeyError(
+            f"variant: unknown value {variant!r}; allowed: {', '.join(sorted(SETTINGS))}"
+        ) from None
+
+
+__all__ = [
+    "GROUP_TITLES",
+    "SETTINGS",
+    "Group",
+    "Measured",
+    "MonitorSettings",
+    "TaylorSettings",
+    "VariantSettings",
+    "setting",
+    "settings_model",
+]
