@@ -196,10 +196,10 @@ describe('while the variant tunes', () => {
 
 it('keeps what is typed while a push is on its way', async () => {
   const answer = next({ settings: { ...SETTINGS, P: 4 }, state: 'pending' })
-  let typeMore = () => {}
+  let typeMore: (() => void) | null = null
   const calls = fakeServer({
     [PUT]: () => {
-      typeMore()
+      typeMore?.()
       return { status: 202, body: answer }
     },
   })
@@ -217,7 +217,7 @@ it('keeps what is typed while a push is on its way', async () => {
   expect(form.conflict.value).toBeNull()
   takeRevision({ ...answer, state: 'applied', applied_step: 1 })
   expect(form.conflict.value).toBeNull()
-  typeMore = () => {}
+  typeMore = null
   await form.apply()
   expect(calls[1]?.body).toEqual({ base_revision: 1, settings: { eps: 0.25 } })
 })
