@@ -42,6 +42,7 @@ def metric_infos() -> MetricInfos:
             unit=metric.unit,
             direction=metric.direction.value,
             log=metric.log,
+            names={str(value): name for value, name in metric.names.items()},
         )
         for metric in METRICS
     ]

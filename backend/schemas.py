@@ -104,6 +104,10 @@ class MetricInfo(Message):
     unit: str
     direction: Literal["lower", "higher", "neutral"]
     log: bool
+    names: dict[str, str] = Field(
+        default_factory=dict,
+        description="what each value stands for, where the metric is a code; empty for numbers",
+    )
 
 
 class MetricInfos(Message):

@@ -46,9 +46,9 @@ def step_line(step: StepClosed, steps_total: int) -> str:
     """A step in one line.
 
     Worst NMSE, raw and after shaping, with their layers; least denominator and most bad ones, of
-    the probe too; range of sampled q·k; norms; largest head dimension and R; how many layers took
-    which path; calls that were gated and that fell back, by reason. What wasn't measured is left
-    out.
+    the probe too; range of sampled q·k; norms; largest head dimension and R; what computed the
+    sums of how many layers, and how many took which path; calls that were gated and that fell
+    back, by reason. What wasn't measured is left out.
     """
     metrics = step.layers.metrics
     parts = []
@@ -71,6 +71,11 @@ def step_line(step: StepClosed, steps_total: int) -> str:
         dims = f"head_dim {max(_known(metrics['head_dim'])):.0f}"
         features = _known(metrics.get("feature_dim", ()))
         parts.append(dims + (f", R {max(features):.0f}" if features else ""))
+    sums = Counter(
+        BY_NAME["sums_path"].text(code) for code in _known(metrics.get("sums_path", ()))
+    )
+    if sums:
+        parts.append(f"sums by {_counted(sums.most_common())}")
     parts.append(f"path {_counted(Counter(step.layers.path).most_common())}")
     for kind, title in (("gate", "gated"), ("fallback", "fell back")):
         totals = reasons(step.reasons, kind)

@@ -11,7 +11,7 @@ from .attend import Options
 from .blocks import Sums
 from .dispatch import Choice, PathSetting, choose
 from .triton_stream import StreamConfig
-from .triton_support import operand_dtype, unavailable
+from .triton_support import operand_dtype, triton_installed, unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,13 @@ class TritonSums:
         numerator, denominator = sums
         if not constant:
             # Degree 0 is the sum of what is attended to, the same for every query.
-            live = value.float()
             if weights is None:
-                numerator = numerator - live.sum(dim=2, keepdim=True)
-                denominator = denominator - float(key.shape[2])
+                numerator -= value.sum(dim=2, keepdim=True, dtype=torch.float32)
+                denominator -= float(key.shape[2])
             else:
                 factor = weights.float()[..., None]
-                numerator = numerator - (live * factor).sum(dim=2, keepdim=True)
-                denominator = denominator - factor.sum(dim=2, keepdim=True)
+                numerator -= torch.matmul(factor.transpose(-2, -1), value.float())
+                denominator -= factor.sum(dim=2, keepdim=True)
         return numerator, denominator
 
 
@@ -84,6 +83,7 @@ def pick(
     choice = choose(
         setting,
         triton_reason=unavailable(query.device.type),
+        triton_installed=triton_installed(),
         dtype=query.dtype,
         head_dim=options.feature_width(query.shape[-1]),
         value_dim=value.shape[-1] // options.heads_per_head,

@@ -14,7 +14,9 @@ from ..settings import TaylorSettings, VariantSettings
 from ..variant import Call, Effective, Result, RunInfo, Tuning, Variant
 from .attend import Options, taylor_attention
 from .autotune import Tuner
+from .blocks import Sums
 from .deferred import WorstByLayer
+from .dispatch import Choice
 from .features import feature_dim
 from .mass import log_mass
 from .memory import Shape, working_bytes
@@ -39,6 +41,14 @@ def _options(settings: TaylorSettings) -> Options:
     )
 
 
+def _stream(settings: TaylorSettings) -> StreamConfig:
+    return StreamConfig(
+        feature_chunk=settings.fused_feature_chunk_size,
+        value_chunk=settings.fused_value_chunk_size,
+        store_bf16=settings.s_store_bf16,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A call that nothing has refused yet.
@@ -51,6 +61,9 @@ class _Job:
         options: of the expansion.
         settings: of the call.
         call: itself.
+        choice: the path that computes the sums.
+        sums: its implementation.
+        stream: chunks of the streaming path.
         stats: what was measured so far; filled on the way.
     """
 
@@ -61,6 +74,9 @@ class _Job:
     options: Options
     settings: TaylorSettings
     call: Call
+    choice: Choice
+    sums: Sums
+    stream: StreamConfig
     stats: dict[str, torch.Tensor | float]
 
     @property
@@ -139,10 +155,14 @@ class TaylorVariant(Variant):
             if weights is None:
                 detail = "the mask differs from query to query"
                 return Result(None, Fallback.MASK, detail, stats)
-        self._tuner.watch(query, key, value, call, options, weights)
+        stream = _stream(settings)
+        choice, sums = pick(settings.taylor_path, stream, options, query, value, settings.P)
+        self._tuner.watch(query, key, value, call, options, weights, sums)
         shaped = shape(query, key, call.scale, settings, call.sigma)
         is_shaped = shaped.query is not query or shaped.scale != call.scale
-        job = _Job(shaped, is_shaped, value, weights, options, settings, call, stats)
+        job = _Job(
+            shaped, is_shaped, value, weights, options, settings, call, choice, sums, stream, stats
+        )
         self._make_room(job)
         refused = self._early(job)
         return refused if refused is not None else self._expand(job)
@@ -154,12 +174,21 @@ class TaylorVariant(Variant):
         batch, heads, queries, head_dim = query.shape
         keys, value_dim = job.value.shape[2:]
         sizes = Shape(batch, heads, queries, keys, head_dim, value_dim)
-        kind = (sizes, query.dtype, settings.P, job.options)
+        path, stream = job.choice.path, job.stream
+        kind = (path, sizes, query.dtype, settings.P, job.options, stream)
         self._reservation.ask(
             kind,
             lambda: (
                 settings.memory_reserve_factor
-                * working_bytes("torch", sizes, query.dtype, settings.P, job.options, query.device)
+                * working_bytes(
+                    path,
+                    sizes,
+                    query.dtype,
+                    settings.P,
+                    job.options,
+                    query.device,
+                    stream=stream,
+                )
             ),
             query.device,
         )
@@ -205,14 +234,7 @@ class TaylorVariant(Variant):
 
     def _expand(self, job: _Job) -> Result:
         settings, shaped = job.settings, job.shaped
-        stream = StreamConfig(
-            feature_chunk=settings.fused_feature_chunk_size,
-            value_chunk=settings.fused_value_chunk_size,
-            store_bf16=settings.s_store_bf16,
-        )
-        _, sums = pick(
-            settings.taylor_path, stream, job.options, shaped.query, job.value, settings.P
-        )
+        job.stats["sums_path"] = float(job.choice.code)
         attended = taylor_attention(
             shaped.query,
             shaped.key,
@@ -222,7 +244,7 @@ class TaylorVariant(Variant):
             weights=job.weights,
             options=job.options,
             eps=settings.eps,
-            sums=sums,
+            sums=job.sums,
         )
         bad = job.bad_share(attended.denominator)
         job.stats["denom_min"] = attended.denominator.min()
