@@ -994,6 +994,13 @@ export interface components {
             direction: "lower" | "higher" | "neutral";
             /** Log */
             log: boolean;
+            /**
+             * Names
+             * @description what each value stands for, where the metric is a code; empty for numbers
+             */
+            names?: {
+                [key: string]: string;
+            };
         };
         /** MetricInfos */
         MetricInfos: {
