@@ -116,7 +116,8 @@ def main() -> int:
         ratio = peak / estimate
         print(
             f"{case.path} P={case.terms} N={case.tokens} {case.dtype} "
-            f"{case.options.sub_head_mode} x{case.options.sub_head_blocks} chunk {case.stream.feature_chunk}: measured "
+            f"{case.options.sub_head_mode} x{case.options.sub_head_blocks} "
+            f"chunk {case.stream.feature_chunk}: measured "
             f"{peak / 2**20:.0f} MiB, estimate {estimate / 2**20:.0f} MiB, ratio {ratio:.3f}",
             flush=True,
         )
