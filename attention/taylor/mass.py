@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from ..quality import product
 from . import centring
 
 
@@ -47,24 +50,44 @@ def log_mass(
     Returns:
         ``[B, H, S]`` float32.
     """
-    key = key.float()
-    # A mask may have one row for all heads, whose keys it adds to alike.
-    bias = key.new_zeros(1, 1, key.shape[2])
+    bias: torch.Tensor | None = None
     if mask is not None and weights is not None:
+        # A mask may have one row for all heads, whose keys it adds to alike.
         row = mask[:, :, 0, :]
-        bias = weights.float().log() if row.dtype == torch.bool else row.float()
-        key = key.masked_fill((weights == 0)[..., None], 0.0)
-    key_mean = None
+        weights = weights.float()
+        bias = weights.log() if row.dtype == torch.bool else row.float()
+        key = key.float().masked_fill((weights == 0)[..., None], 0.0)
     common: torch.Tensor | float = 0.0
+    key_mean = None
     if centre_keys:
-        key_mean = centring.mean(key, None if weights is None else weights.float())
+        key_mean = (
+            key.mean(dim=2, keepdim=True, dtype=torch.float32)
+            if weights is None
+            else centring.mean(key, weights)
+        )
         some = query.index_select(2, rows).float()
-        common = scale * torch.matmul(some, key_mean.transpose(-2, -1)).squeeze(-1)
+        common = torch.matmul(some, key_mean.transpose(-2, -1)).squeeze(-1) * scale
     if centre_queries:
         query_mean = query.mean(dim=2, keepdim=True, dtype=torch.float32) * scale
-        bias = bias + torch.matmul(key, query_mean.transpose(-2, -1)).squeeze(-1)
+        exponent = _against(query_mean, key)
         if key_mean is not None:
-            # Of the product rather than of the keys, which would be copied for it.
-            bias = bias - torch.matmul(key_mean, query_mean.transpose(-2, -1)).squeeze(-1)
+            # Taken from the product rather than from the keys, which would be copied for it.
+            exponent -= torch.matmul(query_mean, key_mean.transpose(-2, -1)).squeeze(-1)
+        bias = exponent if bias is None else exponent + bias
+    total: torch.Tensor | float = math.log(key.shape[2])
+    if bias is not None:
+        total = torch.logsumexp(bias, dim=-1, keepdim=True)
     series = denominator.index_select(2, rows).float().clamp_min(eps).log().squeeze(-1)
-    return series + torch.logsumexp(bias, dim=-1, keepdim=True) + common
+    return series + total + common
+
+
+def _against(row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """``row·kⱼ``, ``[B, H, Nk]`` float32, of a float32 row ``[B, H, 1, D]``.
+
+    A product may round the row to a key of half precision. Two rows, one of what the other lacks,
+    keep twice the digits.
+    """
+    if key.dtype != torch.float32:
+        high = row.to(key.dtype).float()
+        row = torch.cat([high, row - high], dim=2)
+    return product(row, key.transpose(-2, -1)).sum(dim=2)
