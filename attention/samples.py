@@ -11,48 +11,48 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from . import masks
-from .quality import exact_rows, sampled_indices
+from .quality import exact_rows, sampled_indices, to_device
 from .variant import Effective
 
 SAMPLED_KEYS = 64
 """Keys drawn for the q·k statistics; the sampled queries, not the keys, limit how steady they
 are."""
 
-_PERCENTILE_VALUES = 4096
-"""Most logits of a call that the percentiles look at; more heads or queries are thinned evenly."""
+_PERCENTILE_VALUES = 1024
+"""Most logits of a call that the percentiles look at, thinned evenly: of more the order costs more
+than all else."""
 
 _PERCENTILES = {"qk_p01": 0.01, "qk_p50": 0.5, "qk_p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
 class CallSample:
-    """What a call leaves for its statistics. S sampled queries, K sampled keys; all float32.
+    """What a call leaves for its statistics, of S sampled queries and K sampled keys.
 
     Attributes:
-        logits: ``[B, H, S, K]``, q·k without the scale.
+        query: ``[B, H, S, D]``, in the call's dtype.
+        key: ``[B, H, K, D]``, likewise.
         scale: factor on q·k.
         seen: ``[B, H, S, K]`` bool, which pairs the mask leaves; None for all.
         every_key: whether the sampled keys are all there are.
-        query_norms: ``[B, H, S]``.
-        key_norms: ``[B, H, K]``.
         approximate: ``[B, H, S, Dv]``, the variant's output; None where exact attention ran.
-        exact: ``[B, H, S, Dv]``, exact attention; None with ``approximate``.
-        effective: ``[B, H, S, Dv]``, exact attention on what was approximated; None where that is
-            the call's own.
-        mass_bias: ``[B, H, S]``, log of the denominator that the output stands for, less the
-            exact one's; None where the variant has no such number.
+        exact: ``[B, H, S, Dv]`` float32, exact attention; None with ``approximate``.
+        effective: ``[B, H, S, Dv]`` float32, exact attention on what was approximated; None where
+            that is the call's own.
+        mass_bias: ``[B, H, S]`` float32, log of the denominator that the output stands for, less
+            the exact one's; None where the variant has no such number.
     """
 
-    logits: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
     scale: float
     seen: torch.Tensor | None
     every_key: bool
-    query_norms: torch.Tensor
-    key_norms: torch.Tensor
     approximate: torch.Tensor | None = None
     exact: torch.Tensor | None = None
     effective: torch.Tensor | None = None
@@ -62,7 +62,7 @@ class CallSample:
     def values(self) -> int:
         """How many numbers are held."""
         held = (
-            self.logits, self.seen, self.query_norms, self.key_norms,
+            self.query, self.key, self.seen,
             self.approximate, self.exact, self.effective, self.mass_bias,
         )  # fmt: skip
         return sum(tensor.numel() for tensor in held if tensor is not None)
@@ -71,8 +71,10 @@ class CallSample:
     def layout(self) -> tuple[object, ...]:
         """What samples have to share to be computed in the same operations."""
         return (
-            self.logits.device,
-            self.logits.shape,
+            self.query.device,
+            self.query.dtype,
+            self.query.shape,
+            self.key.shape,
             self.scale,
             self.seen is None,
             self.every_key,
@@ -116,33 +118,32 @@ def sample_call(
     rows = sampled_indices(query.shape[2], samples, seed, query.device)
     columns = sampled_indices(key.shape[2], SAMPLED_KEYS, seed, key.device)
     some_queries = query.index_select(2, rows)
-    full_queries = some_queries.float()
-    full_keys = key.index_select(2, columns).float()
-    logits = torch.matmul(full_queries, full_keys.transpose(-2, -1))
     row_mask = masks.query_rows(mask, rows)
     seen = None
     if row_mask is not None:
         pairs = row_mask if row_mask.shape[3] == 1 else row_mask.index_select(3, columns)
         seen = pairs if pairs.dtype == torch.bool else ~torch.isneginf(pairs)
-        seen = seen.expand(logits.shape)
+        seen = seen.expand(*some_queries.shape[:3], columns.shape[0])
     approximate = exact = shaped = bias = None
     if out is not None:
-        approximate = out.index_select(2, rows).float()
+        approximate = out.index_select(2, rows)
         exact, mass = exact_rows(some_queries, key, value, scale, row_mask)
         if effective is not None:
-            some_queries = effective.query.index_select(2, rows)
             shaped, mass = exact_rows(
-                some_queries, effective.key, value, effective.scale, row_mask
+                effective.query.index_select(2, rows),
+                effective.key,
+                value,
+                effective.scale,
+                row_mask,
             )
         if log_mass is not None:
             bias = log_mass - mass
     return CallSample(
-        logits=logits,
+        query=some_queries,
+        key=key.index_select(2, columns),
         scale=scale,
         seen=seen,
         every_key=columns.shape[0] == key.shape[2],
-        query_norms=torch.linalg.vector_norm(full_queries, dim=-1),
-        key_norms=torch.linalg.vector_norm(full_keys, dim=-1),
         approximate=approximate,
         exact=exact,
         effective=shaped,
@@ -170,35 +171,34 @@ def statistics(samples: Sequence[CallSample]) -> list[dict[str, torch.Tensor]]:
 def _columns(samples: Sequence[CallSample]) -> dict[str, torch.Tensor]:
     """Metric name to ``[L]``, of L samples of one layout."""
     first = samples[0]
-    logits = _stack([sample.logits for sample in samples]).mul_(first.scale)
+    query = _stack([sample.query for sample in samples]).float()
+    key = _stack([sample.key for sample in samples]).float()
+    logits = torch.matmul(query, key.transpose(-2, -1)).mul_(first.scale)
     seen = None if first.seen is None else _stack([sample.seen for sample in samples])
-    columns = {
-        "qk_std": _spread(logits, seen, first.every_key),
-        "q_norm": _means([sample.query_norms for sample in samples]),
-        "k_norm": _means([sample.key_norms for sample in samples]),
-    }
+    spread = _spread(logits, seen, first.every_key)
     # A NaN has no place in an order; the spread shows whether there is one.
-    broken = columns["qk_std"].isnan()
-    for name, value in _percentiles(logits, seen).items():
-        columns[name] = value.masked_fill_(broken, float("nan"))
+    percentiles = _percentiles(logits, seen).masked_fill_(spread.isnan()[:, None], float("nan"))
+    columns = {
+        "qk_std": spread,
+        **dict(zip(_PERCENTILES, percentiles.unbind(dim=1), strict=True)),
+        "q_norm": torch.linalg.vector_norm(query, dim=-1).flatten(1).mean(dim=1),
+        "k_norm": torch.linalg.vector_norm(key, dim=-1).flatten(1).mean(dim=1),
+    }
     if first.exact is not None:
-        approximate = _stack([sample.approximate for sample in samples])
+        approximate = _stack([sample.approximate for sample in samples]).float()
         errors = _errors(approximate, _stack([sample.exact for sample in samples]))
         columns["nmse"], columns["cosine"] = errors
         if first.effective is not None:
             errors = _errors(approximate, _stack([sample.effective for sample in samples]))
         columns["nmse_eff"], columns["cosine_eff"] = errors
     if first.mass_bias is not None:
-        columns["log_mass_bias"] = _means([sample.mass_bias for sample in samples])
+        bias = _stack([sample.mass_bias for sample in samples])
+        columns["log_mass_bias"] = bias.flatten(1).mean(dim=1)
     return columns
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
     return torch.stack([tensor for tensor in tensors if tensor is not None])
-
-
-def _means(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    return _stack(tensors).flatten(1).mean(dim=1)
 
 
 def _errors(approximate: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,16 +226,16 @@ def _spread(logits: torch.Tensor, seen: torch.Tensor | None, every_key: bool) ->
     drawn = 0 if every_key else 1
     if seen is None:
         centred = logits - logits.mean(dim=-1, keepdim=True)
-        freedom = logits[0, ..., 0].numel() * (logits.shape[-1] - drawn)
-        return centred.square_().flatten(1).sum(dim=1).div_(freedom).sqrt_()
+        degrees = math.prod(logits.shape[1:4]) * (logits.shape[4] - drawn)
+        return torch.linalg.vector_norm(centred.flatten(1), dim=1).div_(degrees**0.5)
     counts = seen.sum(dim=-1, keepdim=True)
     means = logits.masked_fill(~seen, 0.0).sum(dim=-1, keepdim=True) / counts
     centred = (logits - means).masked_fill_(~seen, 0.0)
-    degrees = (counts - drawn).clamp_min(0).flatten(1).sum(dim=1)
-    return (centred.square_().flatten(1).sum(dim=1) / degrees).sqrt_()
+    free = (counts - drawn).clamp_min(0).flatten(1).sum(dim=1)
+    return (centred.square_().flatten(1).sum(dim=1) / free).sqrt_()
 
 
-def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
     """Percentiles by nearest rank: the least value that the wished share doesn't exceed.
 
     Args:
@@ -243,29 +243,23 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> dict[str, t
         seen: the same shape, bool; None for all True.
 
     Returns:
-        Metric name to ``[L]``; NaN where nothing was seen.
+        ``[L, 3]``, in the order of `_PERCENTILES`; NaN where nothing was seen.
     """
-    flat, live = logits.flatten(1), None if seen is None else seen.flatten(1)
-    if flat.shape[1] > _PERCENTILE_VALUES:
-        some = sampled_indices(flat.shape[1], _PERCENTILE_VALUES, 0, flat.device)
-        flat = flat.index_select(1, some)
-        live = None if live is None else live.index_select(1, some)
-    if live is None:
-        return {name: _by_rank(flat, share) for name, share in _PERCENTILES.items()}
+    flat = logits.flatten(1)
+    some = sampled_indices(flat.shape[1], _PERCENTILE_VALUES, 0, flat.device)
+    flat = flat.index_select(1, some)
+    if seen is None:
+        return flat.sort(dim=1).values.index_select(1, _ranks(flat.shape[1], flat.device))
+    live = seen.flatten(1).index_select(1, some)
     ordered = flat.masked_fill(~live, float("inf")).sort(dim=1).values
     counts = live.sum(dim=1, keepdim=True)
-    found = {}
-    for name, share in _PERCENTILES.items():
-        rank = (counts * share).ceil().to(torch.int64).sub_(1).clamp_min_(0)
-        value = ordered.gather(1, rank).masked_fill_(counts == 0, float("nan"))
-        found[name] = value.squeeze(1)
-    return found
+    ranks = torch.cat([(counts * share).ceil() for share in _PERCENTILES.values()], dim=1)
+    chosen = ordered.gather(1, ranks.to(torch.int64).sub_(1).clamp_min_(0))
+    return chosen.masked_fill_(counts == 0, float("nan"))
 
 
-def _by_rank(values: torch.Tensor, share: float) -> torch.Tensor:
-    """The percentile of each row of ``[L, V]``: a selection costs less than an order of all."""
-    count = values.shape[1]
-    rank = max(1, math.ceil(share * count))
-    if 2 * rank <= count:
-        return values.topk(rank, dim=1, largest=False, sorted=False).values.amax(dim=1)
-    return values.topk(count - rank + 1, dim=1, sorted=False).values.amin(dim=1)
+@lru_cache(maxsize=64)
+def _ranks(count: int, device: torch.device) -> torch.Tensor:
+    """Places of the percentiles among so many values in order, ``[3]`` int64."""
+    places = [max(1, math.ceil(share * count)) - 1 for share in _PERCENTILES.values()]
+    return to_device(lambda: torch.tensor(places), device)
