@@ -5,7 +5,6 @@ Everything here stays on the tensors' device and never waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -35,19 +34,13 @@ def sampled_indices(length: int, samples: int, seed: int, device: torch.device) 
     count = min(samples, length)
     edges = torch.arange(count + 1, dtype=torch.int64) * length // count
     draw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return to_device(
-        lambda: edges[:-1] + (draw * (edges[1:] - edges[:-1])).to(torch.int64), device
-    )
-
-
-def to_device(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
-    """A tensor that is made on the host and kept for later calls, without waiting for a device."""
     # Calls can come under inference mode; a cached tensor must be usable outside it too.
     with torch.inference_mode(False):
+        indices = edges[:-1] + (draw * (edges[1:] - edges[:-1])).to(torch.int64)
         if device.type == "cuda":
             # Only from pinned memory does a copy not wait for what the device still has to do.
-            return make().pin_memory().to(device, non_blocking=True)
-        return make().to(device)
+            return indices.pin_memory().to(device, non_blocking=True)
+        return indices.to(device)
 
 
 def nmse(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
