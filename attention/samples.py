@@ -23,8 +23,8 @@ SAMPLED_KEYS = 64
 are."""
 
 _PERCENTILE_VALUES = 1024
-"""Most logits of a call that the percentiles look at, thinned evenly: ordering more would cost more
-than all else."""
+"""Most logits of a call that the percentiles look at, thinned evenly: to order more would cost
+more than all else."""
 
 _PERCENTILES = {"qk_p01": 0.01, "qk_p50": 0.5, "qk_p99": 0.99}
 
