@@ -175,7 +175,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
     sigma = () if case.sigma is None else (case.sigma, 0.0)
     variant.prepare(RunInfo(sigmas=sigma, layers=() if layer is None else (layer,)))
 
-    def call(wants_log_mass: bool) -> Call:
+    def call(log_mass_rows: torch.Tensor | None = None) -> Call:
         return Call(
             settings=configuration.settings,
             layer=layer,
@@ -183,13 +183,13 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
             step=case.step,
             scale=case.scale,
             mask=case.mask,
-            wants_log_mass=wants_log_mass,
+            log_mass_rows=log_mass_rows,
         )
 
-    gate = variant.gate(case.query, case.key, call(False))
+    gate = variant.gate(case.query, case.key, call())
     if gate is not None:
         return outcome(f"{gate.value}: {DESCRIPTIONS[gate.value]}")
-    result = variant.attend(case.query, case.key, case.value, call(True))
+    result = variant.attend(case.query, case.key, case.value, call(exact.rows))
     if result.fallback is not None:
         detail = result.detail or DESCRIPTIONS[result.fallback.value]
         return outcome(f"{result.fallback.value}: {detail}")
@@ -199,7 +199,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
     if pairs > 0:
 
         def work() -> object:
-            attended = variant.attend(case.query, case.key, case.value, call(False)).out
+            attended = variant.attend(case.query, case.key, case.value, call()).out
             return _sdpa(case) if attended is None else attended
 
         times = _alternate(work, lambda: _sdpa(case), pairs, case.query.device)
@@ -219,7 +219,7 @@ def _errors(result: Result, case: Case, exact: Reference) -> dict[str, float | N
     out = whole.index_select(2, exact.rows).to(exact.out.dtype)
     bias = None
     if result.log_mass is not None:
-        difference = result.log_mass.index_select(2, exact.rows) - exact.log_mass
+        difference = result.log_mass - exact.log_mass
         bias = float(difference[exact.log_mass.isfinite()].mean())
     return {
         "nmse": float((out - exact.out).square().sum() / exact.out.square().sum()),

@@ -54,8 +54,8 @@ class Call:
         step: index into the schedule, from 0.
         scale: factor on q·k.
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
-        wants_log_mass: whether the result shall hold ``log_mass``, which costs a sampling nothing
-            where it isn't asked for.
+        log_mass_rows: ``[S]`` int64 on the query's device, the queries whose ``log_mass`` the
+            result shall hold; None for none, which costs nothing.
     """
 
     settings: VariantSettings
@@ -64,7 +64,7 @@ class Call:
     step: int
     scale: float
     mask: torch.Tensor | None = None
-    wants_log_mass: bool = False
+    log_mass_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +110,9 @@ class Result:
         detail: the same for people, such as the refused feature dimension.
         stats: metric name to a number or a 0-dimensional tensor. Tensors stay on their device
             and are read when the step closes, so that no call waits for the device.
-        log_mass: ``[B, H, Nq]`` float32, log of the softmax denominator that the output stands
-            for, comparable to logsumexp of the scaled logits; None where the call didn't want it
-            or the variant has no such number.
+        log_mass: ``[B, H, S]`` float32, log of the softmax denominator that the output stands
+            for at the call's ``log_mass_rows``, comparable to logsumexp of the scaled logits;
+            None where the call wants none or the variant has no such number.
         effective: where the variant approximates another attention than the call's own, such as
             one with shaped query and key; None where it is the call's own.
     """

@@ -1,18 +1,20 @@
-"""What watching costs the sampler: sampling time with the monitor on over the plain model.
+"""What watching costs the sampler: sampling time with telemetry on over the same without it.
 
-The same small Flux (64×64 latent, 1,024 image and 32 text tokens, attention exact on both sides)
-is sampled by ComfyUI's own sampler in one process, plain and monitored in turn, the order changing
-from pair to pair; each pair gives a ratio, and the median of the ratios counts. A sampling has 20
-steps, as users' do; quartiles are printed because the machine's speed drifts by more than what is
-to be measured.
+The same small Flux (64×64 latent, 1,024 image and 32 text tokens) is sampled by ComfyUI's own
+sampler in one process, watched and unwatched in turn, the order changing from pair to pair; each
+pair gives a ratio, and the median of the ratios counts. A sampling has 20 steps, as users' do;
+quartiles and the processors' time are printed because the machine's speed drifts by more than what
+is to be measured. The attention is the same on both sides.
 
-``telemetry_overhead``: recorder and outbox against a receiver in a process of its own that does
-no more than a receiver must: it unpacks a batch, looks the sequence numbers up and answers them.
-``telemetry_overhead_with_server``: the same with the real server, which validates, stores and
-publishes every event on the same cores.
-
-Both leave the q·k statistics out (``quality_samples=0``), which are a measurement that the user
-chooses and not part of the telemetry; a further line tells what they cost with default settings.
+``telemetry_overhead``: the monitor at its defaults, statistics of every call at every step,
+against the plain model. The receiver, in a process of its own, does no more than a receiver must:
+it unpacks a batch, looks the sequence numbers up and answers them. A further line tells what the
+recorder and outbox cost by themselves (``quality_samples=0``).
+``telemetry_overhead_all``: Taylor attention with every diagnostic that there is: besides those of
+the monitor the error against exact attention, the same after shaping, and the log mass. The other
+side is the same Taylor attention, told to send nothing.
+``telemetry_overhead_with_server``: recorder and outbox (``quality_samples=0``) with the real
+server, which validates, stores and publishes every event on the same cores.
 
     COMFYUI_DIR=… python benchmarks/telemetry_overhead.py
 """
@@ -40,11 +42,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "comfyui"), str(ROOT / "tools")]
 
-RESULTS = ("telemetry_overhead", "telemetry_overhead_with_server")
+RESULTS = (
+    "telemetry_overhead",
+    "telemetry_overhead_all",
+    "telemetry_overhead_with_server",
+)
 
 SIDE = 64
 STEPS = 20
 PAIRS = 30
+
+TAYLOR = {"sub_head_blocks": 4, "qk_norm_power": 0.5}
+"""Of whole heads a step would take a second. Shaping gives the effective errors something to
+compare."""
+DEFAULT = frozenset(["qk_std", "qk_p01", "qk_p50", "qk_p99", "q_norm", "k_norm", "attn_ms"])
+ALL = DEFAULT | frozenset(
+    ["nmse", "cosine", "nmse_eff", "cosine_eff", "log_mass_bias", "denom_min", "denom_bad_frac"]
+)
 
 # Left to itself, glibc gives memory back to the system after every large tensor of a plain run
 # and not where a small one of ours lies above it, which makes the plain side up to 10 % slower.
@@ -115,7 +129,7 @@ def real_server() -> Iterator[str]:
 
 @dataclass
 class Figures:
-    """Pairs of samplings, monitored and plain: seconds by the clock and of the processors."""
+    """Pairs of samplings, watched and not: seconds by the clock and of the processors."""
 
     on: list[tuple[float, float]]
     off: list[tuple[float, float]]
@@ -130,9 +144,9 @@ class Figures:
 
 
 class Sampler:
-    """Samples the small Flux plain and monitored."""
+    """Samples the small Flux watched and not."""
 
-    def __init__(self, url: str, folder: Path, **settings: Any) -> None:
+    def __init__(self, url: str, folder: Path, variant: str, settings: dict[str, Any]) -> None:
         from flux import small_flux
 
         from attnscope.attention.settings import settings_model
@@ -144,8 +158,11 @@ class Sampler:
         hooks.get_plugin = lambda: self.plugin
         self.config = Config(url=url)
         self.plain = small_flux(mlp_ratio=4.0)
-        plan = hooks.Plan("exact", settings_model("exact")(**settings), "", self.config)
-        self.monitored = hooks.attach(self.plain, plan)
+        chosen = settings_model(variant)(**settings)
+        self.watched = hooks.attach(self.plain, hooks.Plan(variant, chosen, "", self.config))
+        silent = hooks.Plan(variant, chosen, "", Config(url=url, disabled=True))
+        # What the monitor leaves when it is told to send nothing is the plain model.
+        self.unwatched = hooks.attach(self.plain, silent)
 
     def time(self, model: Any) -> tuple[float, float]:
         """Seconds of one sampling, by the clock and of this process's processors.
@@ -172,25 +189,64 @@ class Sampler:
 
     def measure(self, pairs: int) -> Figures:
         """Pairs of samplings in turn."""
-        for model in (self.plain, self.monitored):
+        for model in (self.unwatched, self.watched):
             self.time(model)
         on, off = [], []
         for pair in range(pairs):
-            order = [(self.monitored, on), (self.plain, off)]
+            order = [(self.watched, on), (self.unwatched, off)]
             for model, times in order if pair % 2 else reversed(order):
                 times.append(self.time(model))
         return Figures(on, off)
 
 
-def compare(what: str, receiver: Callable[[], Any], pairs: int, **settings: Any) -> float:
-    """Measure against a receiver, and print both sides."""
-    with receiver() as url, tempfile.TemporaryDirectory() as folder:
-        figures = Sampler(url, Path(folder), **settings).measure(pairs)
+@contextmanager
+def watched_metrics() -> Iterator[set[str]]:
+    """The metrics that every layer had at every step; complete when the context has ended."""
+    from attnscope.comfy_plugin.recorder import ClosedStep
+
+    everywhere: set[str] = set()
+    steps: list[set[str]] = []
+    build = ClosedStep.build
+
+    def listening(self: ClosedStep, seq: int) -> Any:
+        closed = build(self, seq)
+        steps.append({n for n, column in closed.layers.metrics.items() if None not in column})
+        return closed
+
+    ClosedStep.build = listening  # type: ignore[method-assign]
+    try:
+        yield everywhere
+    finally:
+        ClosedStep.build = build  # type: ignore[method-assign]
+        everywhere |= set.intersection(*steps) if steps else set()
+
+
+def compare(
+    what: str,
+    receiver: Callable[[], Any],
+    pairs: int,
+    variant: str = "exact",
+    diagnostics: frozenset[str] = frozenset(),
+    **settings: Any,
+) -> float:
+    """Measure against a receiver, and print both sides.
+
+    Args:
+        what: for people.
+        receiver: of the events.
+        pairs: of samplings.
+        variant: that runs on both sides.
+        diagnostics: metrics that every layer has to have had at every step.
+        settings: of the variant.
+    """
+    with receiver() as url, tempfile.TemporaryDirectory() as folder, watched_metrics() as seen:
+        figures = Sampler(url, Path(folder), variant, settings).measure(pairs)
+    assert diagnostics <= seen, f"not measured everywhere: {sorted(diagnostics - seen)}"
     for which, name in enumerate(("clock", "processors")):
         on, off = (figures.median(side, which) for side in (figures.on, figures.off))
         low, middle, high = figures.ratios(which)
         print(
-            f"{what}, {name}: monitored {on / STEPS * 1e3:.1f} ms a step, plain "
+            f"{what}, {name}: watched {on / STEPS * 1e3:.1f} ms a step, unwatched "
             f"{off / STEPS * 1e3:.1f} ms a step, median ratio of {pairs} pairs {middle:.4f} "
             f"(quartiles {low:.4f} and {high:.4f})",
             flush=True,
@@ -223,12 +279,24 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     only = os.environ.get("BENCH_ONLY")
     if only in (None, RESULTS[0]):
-        ratio = compare("bare receiver", bare_receiver, options.pairs, quality_samples=0)
-        compare("bare receiver, q·k statistics on", bare_receiver, options.pairs // 3)
+        compare("recorder alone", bare_receiver, options.pairs // 3, quality_samples=0)
+        ratio = compare(
+            "monitor at its defaults", bare_receiver, options.pairs, diagnostics=DEFAULT
+        )
         print(f"RESULT {RESULTS[0]} {ratio:.4f}")
     if only in (None, RESULTS[1]):
-        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        ratio = compare(
+            "every diagnostic",
+            bare_receiver,
+            options.pairs // 2,
+            "taylor",
+            diagnostics=ALL,
+            **TAYLOR,
+        )
         print(f"RESULT {RESULTS[1]} {ratio:.4f}")
+    if only in (None, RESULTS[2]):
+        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        print(f"RESULT {RESULTS[2]} {ratio:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from ..attention.quality import sampled_stats
+from ..attention.quality import sampled_indices
 from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
+from ..attention.samples import sample_call
 from ..attention.settings import VariantSettings
 from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
@@ -402,7 +403,7 @@ class AttentionHook:
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
-                wants_log_mass=run.measures,
+                log_mass_rows=_sampled_rows(run, call.query),
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:
@@ -455,8 +456,9 @@ class AttentionHook:
         run.record(record)
         if call is not None and run.measures:
             settings, result = run.settings, attempt.result
-            record.stats.update(
-                sampled_stats(
+            run.measure(
+                record,
+                sample_call(
                     call.query,
                     call.key,
                     call.value,
@@ -467,7 +469,7 @@ class AttentionHook:
                     settings.quality_seed,  # type: ignore[attr-defined]
                     effective=result.effective if result else None,
                     log_mass=result.log_mass if result else None,
-                )
+                ),
             )
 
     def _complain(self, what: str) -> None:
@@ -491,6 +493,16 @@ def _layer(options: Any) -> LayerId | None:
     if known is None:
         known = _LAYERS[kind, index] = LayerId(kind, index)
     return known
+
+
+def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
+    """The queries that the call will be measured on; None where it won't be."""
+    if not run.measures:
+        return None
+    settings: Any = run.settings
+    return sampled_indices(
+        query.shape[2], settings.quality_samples, settings.quality_seed, query.device
+    )
 
 
 def _tokens(args: tuple[Any, ...], index: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..attention.samples import CallSample
 from ..attention.settings import VariantSettings
 from ..attention.variant import RunInfo, Variant
 from ..wire import (
@@ -188,6 +189,11 @@ class Run:
             self.begin_evaluation(None)
         if self._step is not None:
             self._step.calls.append(call)
+
+    def measure(self, call: CallRecord, sample: CallSample) -> None:
+        """Keep a recorded call's sample until the step closes, when its statistics are made."""
+        if self._step is not None:
+            self._step.samples.add(sample, call.stats)
 
     def end(self, status: str, error: str = "") -> None:
         """Tell that the sampler has returned or raised."""

@@ -104,7 +104,8 @@ class Measured(VariantSettings):
     quality_samples: int = setting(
         16,
         Group.QUALITY,
-        "Queries sampled per call for quality and q·k statistics. More cost more time and give "
+        "Queries sampled per call for quality and q·k statistics; the latter look at 64 of the "
+        "keys, so they are estimates, percentiles above all. More cost more time and give "
         "steadier figures; 0 measures nothing.",
         unit="queries",
         ge=0,
@@ -113,7 +114,7 @@ class Measured(VariantSettings):
     quality_every: int = setting(
         1,
         Group.QUALITY,
-        "Measure at every n-th step only.",
+        "Measure at every n-th step only. Steps between show no quality and no q·k statistics.",
         unit="steps",
         ge=1,
         le=1000,

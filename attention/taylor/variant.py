@@ -256,9 +256,11 @@ class TaylorVariant(Variant):
                 return Result(None, Fallback.DENOMINATOR, "", job.stats)
         mass = None
         # Independent slices have a denominator each, and none that stands for the whole head.
-        if job.call.wants_log_mass and job.options.heads_per_head == 1:
+        rows = job.call.log_mass_rows
+        if rows is not None and job.options.heads_per_head == 1:
             mass = log_mass(
                 attended.denominator,
+                rows,
                 shaped.query,
                 shaped.key,
                 shaped.scale,
