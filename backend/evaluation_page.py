@@ -13,6 +13,7 @@ BUNDLE = ROOT / "frontend/node_modules/plotly.js-strict-dist-min/plotly-strict.m
 
 COLUMNS = (
     ("case", "case"), ("layer", "layer"), ("step", "step"), ("sigma", "sigma"),
+    ("tokens", "tokens"), ("logit_std", "logit std"),
     ("configuration", "configuration"), ("nmse", "NMSE"), ("cosine", "cosine"),
     ("log_mass_bias", "log-mass bias"), ("ms", "ms"), ("exact_ms", "exact ms"),
     ("time_ratio", "time ÷ exact"), ("flops", "FLOP"), ("flops_ratio", "FLOP ÷ exact"),
@@ -124,7 +125,7 @@ def page(rows: Sequence[dict[str, Any]], plotly: str) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>AttnScope evaluation</title>
 <style>body{{font:14px/1.5 system-ui;margin:2rem}}table{{border-collapse:collapse}}
 td,th{{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}}
-td:nth-child(5),td:first-child,th:first-child,td:last-child{{text-align:left}}
+td:nth-child(7),td:first-child,th:first-child,td:last-child{{text-align:left}}
 .wide{{overflow-x:auto}}</style></head>
 <body><h1>AttnScope evaluation</h1>
 {divs}

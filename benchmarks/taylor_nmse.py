@@ -216,8 +216,8 @@ def main() -> None:
             f"{statistics.fmean(errors.origin for errors in each):.3g}, at all rows mean "
             f"{statistics.fmean(errors.origin_all for errors in each):.3g}, median "
             f"{statistics.median(errors.origin_all for errors in each):.3g}, denominators clamped "
-            f"{statistics.fmean(errors.origin_bad for errors in each):.2g} of all; {len(each)} heads, "
-            f"{time.perf_counter() - began:.0f} s",
+            f"{statistics.fmean(errors.origin_bad for errors in each):.2g} of all; "
+            f"{len(each)} heads, {time.perf_counter() - began:.0f} s",
             flush=True,
         )
     if 1.0 in results and not options.tune:
