@@ -209,7 +209,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> None:
         text = json.dumps(_finite(rows), indent=2, ensure_ascii=False)
         arguments.json.write_text(text + "\n", "utf-8")
     if arguments.html:
-        arguments.html.write_text(evaluation_page.page(_finite(rows), plotly), "utf-8")
+        report = evaluation_page.page(_finite(rows), evaluation_summary.medians(outcomes), plotly)
+        arguments.html.write_text(report, "utf-8")
 
 
 def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
