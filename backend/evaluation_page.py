@@ -131,7 +131,9 @@ def _wrapped(name: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        # A long configuration breaks behind its commas.
+        escaped = (html.escape(cell).replace(",", ",<wbr>") for cell in cells)
+        inside = "".join(f"<{tag}>{cell}</{tag}>" for cell in escaped)
         return f"<tr>{inside}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
@@ -207,7 +209,7 @@ body{font:14px/1.5 system-ui;margin:clamp(.75rem,3vw,2rem)}h1{font-size:1.4rem}h
 td,th{padding:.2rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 thead th{position:sticky;top:0;background:Canvas}
 @media (prefers-color-scheme:dark){thead th{background:#0f172a}}
-td:first-child,th:first-child,td:last-child{text-align:left}
+td:first-child,th:first-child,td:nth-child(18){text-align:left}
 td:first-child{min-width:9rem;max-width:18rem;white-space:normal;overflow-wrap:anywhere}"""
 
 
