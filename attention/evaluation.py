@@ -14,6 +14,7 @@ from .quality import cosine, sampled_indices
 from .reasons import DESCRIPTIONS
 from .registry import VARIANTS
 from .settings import VariantSettings
+from .structured import logit_std
 from .variant import Call, LayerId, Result, RunInfo, exact_flops
 
 FLOAT64_TOKENS = 4608
@@ -65,6 +66,9 @@ class Outcome:
         layer: see `Case`.
         step: see `Case`.
         sigma: see `Case`.
+        tokens: keys.
+        logit_std: standard deviation of the scaled logits after each row's mean is subtracted,
+            over all heads; of all pairs, masked ones too.
         configuration: its label.
         reason: the gate or fallback for which exact attention ran instead, with its detail; else
             empty. Nothing is measured then.
@@ -84,6 +88,8 @@ class Outcome:
     layer: str
     step: int
     sigma: float | None
+    tokens: int
+    logit_std: float
     configuration: str
     reason: str
     reference: str
@@ -158,15 +164,20 @@ def evaluate(
         pairs: how often a call and exact attention are timed, in turn; 0 leaves times out.
     """
     exact = reference(case, queries, seed)
+    of_heads = logit_std(case.query.float(), case.key.float(), case.scale)
+    spread = float(of_heads.square().mean().sqrt())
     for configuration in configurations:
-        yield _measure(case, configuration, exact, pairs)
+        yield _measure(case, configuration, exact, spread, pairs)
 
 
-def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: int) -> Outcome:
+def _measure(
+    case: Case, configuration: Configuration, exact: Reference, spread: float, pairs: int
+) -> Outcome:
     def outcome(reason: str = "", /, **measured: float | None) -> Outcome:
         return Outcome(
-            case.name, case.layer, case.step, case.sigma, configuration.label, reason,
-            str(exact.out.dtype).removeprefix("torch."), len(exact.rows), **measured,
+            case.name, case.layer, case.step, case.sigma, case.key.shape[2], spread,
+            configuration.label, reason, str(exact.out.dtype).removeprefix("torch."),
+            len(exact.rows), **measured,
         )  # fmt: skip
 
     variant = VARIANTS[configuration.variant]()

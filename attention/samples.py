@@ -228,7 +228,8 @@ def _spread(logits: torch.Tensor, seen: torch.Tensor | None, every_key: bool) ->
     if seen is None:
         centred = logits - logits.mean(dim=-1, keepdim=True)
         degrees = math.prod(logits.shape[1:4]) * (logits.shape[4] - drawn)
-        return torch.linalg.vector_norm(centred.flatten(1), dim=1).div_(degrees**0.5)
+        norm: torch.Tensor = torch.linalg.vector_norm(centred.flatten(1), dim=1)
+        return norm.div_(degrees**0.5)
     counts = seen.sum(dim=-1, keepdim=True)
     means = logits.masked_fill(~seen, 0.0).sum(dim=-1, keepdim=True) / counts
     centred = (logits - means).masked_fill_(~seen, 0.0)

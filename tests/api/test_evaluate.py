@@ -122,7 +122,7 @@ def test_the_report_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.Monke
     text = report.read_text("utf-8")
     assert text.count("</script>") == 2
     assert "src=" not in text and "http" not in text
-    assert "taylor:P=3" in text and "R 8385 &gt; max_feature_dim_R 1" in text
+    assert "taylor:P=3" in text and "R 561 &gt; max_feature_dim_R 1" in text
 
 
 def test_the_figures_are_plotlys(tmp_path: Path) -> None:
