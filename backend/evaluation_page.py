@@ -103,8 +103,7 @@ def _figure(
     title: str, data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any]
 ) -> dict[str, Any]:
     layout = {
-        "title": {"text": title, "x": 0, "xref": "paper", "yref": "container", "y": 0.98},
-        "height": 560, "margin": {"l": 50, "r": 10, "t": 60, "b": 40},
+        "title": {"text": title}, "height": 540, "margin": {"l": 50, "r": 10, "t": 20, "b": 40},
         "xaxis": {"automargin": True, **x}, "yaxis": {"automargin": True, **y},
         # Above the plot: below it, the names of the calls need the room.
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
@@ -165,7 +164,10 @@ def page(rows: Sequence[dict[str, Any]], medians: Sequence[Median], plotly: str)
         ],
     )  # fmt: skip
     drawn = figures(rows)
-    divs = "".join(f'<div id="figure{number}"></div>' for number in range(len(drawn)))
+    divs = "".join(
+        f'<h2>{html.escape(figure["layout"]["title"]["text"])}</h2><div id="figure{number}"></div>'
+        for number, figure in enumerate(drawn)
+    )
     # "</" would end the script that the text stands in.
     data = json.dumps(drawn, ensure_ascii=False).replace("</", "<\\/")
     script = plotly.replace("</script", "<\\/script")
@@ -190,7 +192,7 @@ function draw() {{
   for (const [number, {{data, layout}}] of figures.entries()) {{
     const axis = {{gridcolor: line, zerolinecolor: line, linecolor: line}}
     Plotly.react('figure' + number, data, {{
-      ...layout, paper_bgcolor: 'transparent', plot_bgcolor: 'transparent',
+      ...layout, title: undefined, paper_bgcolor: 'transparent', plot_bgcolor: 'transparent',
       font: {{color: style.color, family: 'system-ui', size: 12}},
       xaxis: {{...layout.xaxis, ...axis}}, yaxis: {{...layout.yaxis, ...axis}},
     }}, {{responsive: true, displaylogo: false}})
