@@ -16,6 +16,7 @@ import torch
 from .triton_plan import (
     FullConfig,
     base_layout,
+    check_config,
     default_config,
     lift_layout,
     padded,
@@ -58,12 +59,17 @@ class _Tables:
 
 @lru_cache(maxsize=16)
 def _tables(
-    head_dim: int, terms: int, chunk: int, lifts: int, dtype: torch.dtype, device: torch.device
+    head_dim: int, terms: int, config: FullConfig, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
+    chunk = config.chunk
     with torch.inference_mode(False):
         single = base_layout(head_dim, 1, chunk)
         pair = base_layout(head_dim, 2, chunk) if terms >= 4 else None
-        lift = lift_layout(head_dim, terms - 2, chunk, lifts) if terms >= 3 else None
+        lift = (
+            lift_layout(head_dim, terms - 2, chunk, config.build_lifts, config.lifts)
+            if terms >= 3
+            else None
+        )
         return _Tables(
             value_weights=single.value_weights.to(device),
             gradient_weights=single.gradient_weights.to(device),
@@ -173,6 +179,9 @@ class _Builder:
             num_warps=config.build_warps,
             num_stages=config.build_stages,
         )
+        if lifted:
+            # The rows of one tile are those of the read's tiles, one after the other.
+            tiles, lifts = tiles * (lifts // config.lifts), config.lifts
         out = value.new_empty(bh, tiles, chunk, lifts * width, dtype=self.operand)
         self.module.reduce_kernel[(tiles, bh)](
             partial, factors, out, splits, DV=width, KC=chunk, L=lifts, num_warps=4
@@ -207,9 +216,7 @@ def build(
         config: tile sizes.
     """
     batch, heads, tokens, head_dim = key.shape
-    tables = _tables(
-        head_dim, terms, config.chunk, config.lifts, operand_dtype(key.dtype), key.device
-    )
+    tables = _tables(head_dim, terms, config, operand_dtype(key.dtype), key.device)
     builder = _Builder(key, weights, tables, config)
     s_1, s_0 = builder.sums(value, tables.value_weights, column_sum=True)
     z_2, z_1 = builder.sums(key, tables.gradient_weights, column_sum=True)
@@ -238,7 +245,7 @@ def read(
     """Phase B: the sums applied to queries; arguments and results as in `sums`."""
     batch, heads, tokens, head_dim = query.shape
     operand = operand_dtype(query.dtype)
-    tables = _tables(head_dim, terms, config.chunk, config.lifts, operand, query.device)
+    tables = _tables(head_dim, terms, config, operand, query.device)
     numerator = query.new_empty(batch, heads, tokens, value_dim, dtype=torch.float32)
     denominator = query.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
     unused = statistics.s_1
@@ -339,6 +346,7 @@ def sums(
         return _constant(query, value, weights)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     config = config or default_config(query.shape[3], value.shape[3], terms, query.dtype)
+    check_config(config, terms, operand_dtype(query.dtype))
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         statistics = build(key, value, terms, weights=weights, config=config)
         return read(query, statistics, terms, value.shape[3], config=config)

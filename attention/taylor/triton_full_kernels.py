@@ -65,7 +65,8 @@ def build_kernel(
     lift = 0
     if LIFTED:
         i_chunk = tl.load(tile_chunk + i_tile)
-        lift = tl.load(tile_lift + i_tile)
+        # Tiles start at multiples of L: loads by whole vectors can be pipelined.
+        lift = tl.multiple_of(tl.load(tile_lift + i_tile), L)
 
     o_d = tl.arange(0, D)
     o_v = tl.arange(0, DV)

@@ -64,7 +64,7 @@ def full_memory_bytes(
     rows = lifted_rows(head_dim, terms, config)
     if rows:
         elements = batch_heads * rows * padded(value_dim)
-        tiles = rows // (config.chunk * config.lifts)
+        tiles = rows // (config.chunk * config.build_lifts)
         splits = split_count(tiles * batch_heads, keys, processors)
         sums += elements * operand
         largest_partial = max(largest_partial, splits * elements * _FP32)
