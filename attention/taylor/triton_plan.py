@@ -9,7 +9,8 @@ With base features B, values V and queries q the highest degree contributes
 
 so a feature of the highest degree is never formed and nothing is gathered: a product with a
 coordinate is an fp32 factor on the accumulator (the quadratic-form loop, one degree higher).
-Pairs of coordinates are formed by two products with 0/1 selection matrices, which are exact.
+Pairs of coordinates are formed by two products with 0/1 selection matrices, which are exact, in
+the build, and gathered in the read.
 """
 
 from __future__ import annotations
@@ -258,6 +259,14 @@ def selection(head_dim: int, chunk: int) -> torch.Tensor:
                     if feature[side] >= 0:
                         picks[side, index, feature[side], column] = 1.0
         return picks
+
+
+@lru_cache(maxsize=32)
+def pair_coordinates(head_dim: int, chunk: int) -> torch.Tensor:
+    """Both coordinates of each pair: ``[2, chunks * chunk]`` int32 on the CPU, 0 where padded."""
+    coordinates = base_layout(head_dim, 2, chunk).coordinates
+    with torch.inference_mode(False):
+        return coordinates.clamp_min(0).view(-1, 2).T.contiguous().to(torch.int32)
 
 
 def lifted_rows(head_dim: int, terms: int, config: FullConfig) -> int:
