@@ -69,9 +69,6 @@ def choose(
     if triton_reason:
         return Choice("torch", triton_reason)
     full = triton_plan.refusal(head_dim, value_dim, terms)
-    if not full and terms == 4 and dtype != torch.float32:
-        # Compiled for an H200 its 16-bit products at P = 4 miss the reference; float32 ones don't.
-        full = "the fully fused path at P 4 takes float32 only"
     streaming = triton_stream.refusal(terms)
     if setting == "auto" and keys < MIN_TOKENS:
         return Choice("torch", f"{keys} keys are fewer than {MIN_TOKENS}")

@@ -66,12 +66,7 @@ class TritonSums:
         """As `attend.WholeHeads`."""
         independent = options.sub_head_blocks == 1 or options.sub_head_mode == "independent"
         # Degree 0 alone needs no kernel, and a projection none of the passes that are saved.
-        return (
-            self.path == "full"
-            and terms > 1
-            and independent
-            and not options.feature_projection
-        )
+        return self.path == "full" and terms > 1 and independent and not options.feature_projection
 
     def whole(
         self,
@@ -103,9 +98,7 @@ class TritonSums:
     def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
         """As `attend.WholeHeads`."""
         size = operand_dtype(self.dtype).itemsize
-        return triton_whole.whole_bytes(
-            queries, keys, head_dim, options.heads_per_head, size
-        )
+        return triton_whole.whole_bytes(queries, keys, head_dim, options.heads_per_head, size)
 
 
 def pick(

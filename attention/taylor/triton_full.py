@@ -389,7 +389,7 @@ def sums(
         return _constant(query, value, weights)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     config = config or default_config(query.shape[3], value.shape[3], terms, query.dtype)
-    check_config(config, terms, operand_dtype(query.dtype))
+    check_config(config, query.shape[3], value.shape[3], terms, operand_dtype(query.dtype))
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         statistics = build(key, value, terms, weights=weights, config=config)
         return read(query, statistics, terms, value.shape[3], config=config)

@@ -82,7 +82,7 @@ def build_kernel(
         sel_b = tl.load(selections + CHUNKS * D * KC + o_sel)
 
     acc = tl.zeros([L * DV, KC], dtype=tl.float32)
-    column_sum = tl.zeros([L * DV], dtype=tl.float32)
+    column_sums = tl.zeros([BT, L * DV], dtype=tl.float32)
     begin = i_split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, tokens)
     for start in range(begin, end, BT):
@@ -129,7 +129,8 @@ def build_kernel(
         if LIFTED:
             v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
         if COLUMN_SUM:
-            column_sum += tl.sum(v, axis=0)
+            # Added up over rows only once: a reduction makes warps wait for each other.
+            column_sums += v
         acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
 
     tiles = tl.num_programs(0)
@@ -137,7 +138,8 @@ def build_kernel(
     o_row = tl.arange(0, L * DV)
     tl.store(partial + (row * (L * DV) + o_row)[:, None] * KC + o_c[None, :], acc)
     if COLUMN_SUM and i_tile == 0:
-        tl.store(partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_row, column_sum)
+        p_sum = partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_row
+        tl.store(p_sum, tl.sum(column_sums, axis=0))
 
 
 @triton.jit
@@ -265,8 +267,7 @@ def read_kernel(
                 )  # fmt: skip
     if TERMS >= 4:
         for c in range(PAIR_CHUNKS):
-            # Gathered from the cache. Products with selection matrices, as in the build, come
-            # out wrong on Hopper where another loop of products stands inside this one.
+            # Gathered from the cache, once for all lifts.
             p_row = p_query + o_m[:, None] * q_n
             o_k = c * KC + o_c
             a = tl.load(p_row + tl.load(pairs + o_k)[None, :], mask=live[:, None], other=0.0)

@@ -60,11 +60,15 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def check_config(config: FullConfig, terms: int, dtype: torch.dtype) -> None:
+def check_config(
+    config: FullConfig, head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
+) -> None:
     """Refuse tile sizes that don't fit each other or that compile to wrong code.
 
     Args:
         config: tile sizes.
+        head_dim: d.
+        value_dim: Dv.
         terms: P.
         dtype: of the operands of matrix products.
 
@@ -76,24 +80,20 @@ def check_config(config: FullConfig, terms: int, dtype: torch.dtype) -> None:
             f"build_lifts: {config.build_lifts} is not allowed; "
             f"allowed: multiples of lifts, {config.lifts}"
         )
-    if terms < 4 or dtype == torch.float32:
-        return
-    # Pairs come out of one product and go into the next, so Triton gives each warp 16 rows of its
-    # own. With fewer rows the second group of four warps reads its operand past the end.
-    for name, rows, warps in (
-        ("block_t", config.block_t, config.build_warps),
-        ("block_m", config.block_m, config.read_warps),
-    ):
-        if rows < 16 * warps:
-            raise ValueError(
-                f"{name}: {rows} is not allowed with {warps} warps at P {terms}; "
-                f"allowed: {16 * warps} and more"
-            )
+    most = min(padded(head_dim), padded(value_dim), 64)
+    if terms >= 4 and dtype != torch.float32 and config.chunk > most:
+        # Seen with Triton 3.6 on an H100: a 16-bit product of [., 64] and [64, 32] takes wrong
+        # rows of its second operand, up to addresses that don't exist.
+        raise ValueError(
+            f"chunk: {config.chunk} is not allowed at head_dim {head_dim}, value_dim {value_dim} "
+            f"and P {terms}; allowed: up to {most}"
+        )
 
 
 def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype) -> FullConfig:
     """Tile sizes that are known to compile without spills for these shapes."""
     wide = padded(value_dim)
+    narrow = min(wide, padded(head_dim))
     if dtype == torch.float32:
         # Products run outside the tensor cores, from registers.
         large = max(wide, padded(head_dim)) > 64
@@ -111,10 +111,21 @@ def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
     lifts = max(1, 128 // wide)
     if terms >= 4:
         return FullConfig(
-            chunk=64, lifts=lifts, build_lifts=lifts, block_t=128, build_stages=2, read_stages=3
+            chunk=min(64, narrow),
+            lifts=lifts,
+            build_lifts=2 * lifts,
+            block_m=64,
+            build_warps=4,
+            read_warps=4,
+            build_stages=2,
         )
     return FullConfig(
-        chunk=16 if head_dim <= 16 else 32, lifts=lifts, build_lifts=2 * lifts
+        chunk=min(32, narrow),
+        lifts=lifts,
+        build_lifts=2 * lifts,
+        block_m=64,
+        build_warps=4,
+        read_warps=4,
     )
 
 
@@ -201,9 +212,7 @@ def base_layout(head_dim: int, degree: int, chunk: int) -> BaseLayout:
 
 
 @lru_cache(maxsize=32)
-def lift_layout(
-    head_dim: int, degree: int, chunk: int, lifts: int, read_lifts: int
-) -> LiftLayout:
+def lift_layout(head_dim: int, degree: int, chunk: int, lifts: int, read_lifts: int) -> LiftLayout:
     """Tiles of the monomials of ``degree + 1`` over base features of ``degree``, on the CPU.
 
     A tile of ``lifts`` coordinates is ``lifts / read_lifts`` tiles to the read.
@@ -273,7 +282,5 @@ def lifted_rows(head_dim: int, terms: int, config: FullConfig) -> int:
     """Rows of the highest degree that are stored and multiplied, padding included."""
     if terms < 3:
         return 0
-    layout = lift_layout(
-        head_dim, terms - 2, config.chunk, config.build_lifts, config.lifts
-    )
+    layout = lift_layout(head_dim, terms - 2, config.chunk, config.build_lifts, config.lifts)
     return layout.tile_chunk.numel() * config.build_lifts * config.chunk

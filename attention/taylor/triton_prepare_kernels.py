@@ -48,6 +48,8 @@ def lay_kernel(
     i_row = i_bh * PARTS + i_part
     if EXPONENTS:
         other = tl.load(other_mean + o_mean, mask=o_w < width, other=0.0) * other_root
-        tl.store(exponents + i_row * tokens + o_t, tl.sum(rows * other[None, :], axis=1), mask=live)
+        tl.store(
+            exponents + i_row * tokens + o_t, tl.sum(rows * other[None, :], axis=1), mask=live
+        )
     p_out = out + (i_row * tokens + o_t)[:, None] * width + o_w[None, :]
     tl.store(p_out, narrow(rows, out.dtype.element_ty), mask=inside)

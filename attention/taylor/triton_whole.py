@@ -110,7 +110,7 @@ def attention(
     batch, heads, _, head_dim = query.shape
     value_dim = value.shape[3] // parts
     config = config or default_config(head_dim // parts, value_dim, terms, query.dtype)
-    check_config(config, terms, operand_dtype(query.dtype))
+    check_config(config, head_dim // parts, value_dim, terms, operand_dtype(query.dtype))
     root = (abs(scale) * parts**0.5) ** 0.5
     query_root = root if scale >= 0 else -root
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
@@ -133,8 +133,6 @@ def attention(
         statistics = build(k, v, terms, weights=weights, config=config, finite=True)
         if value_mean is None:
             value_mean = query.new_zeros(batch * heads, value.shape[3], dtype=torch.float32)
-        division = Division(
-            out, value_mean.view(-1, value_dim), parts, eps, round_denominators
-        )
+        division = Division(out, value_mean.view(-1, value_dim), parts, eps, round_denominators)
         _, denominator = read(q, statistics, terms, value_dim, config=config, division=division)
     return denominator

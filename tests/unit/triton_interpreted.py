@@ -17,7 +17,7 @@ from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.paths import TritonSums, pick
 from attnscope.attention.taylor.triton_full import split_count
 from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
-from attnscope.attention.taylor.triton_plan import FullConfig, default_config
+from attnscope.attention.taylor.triton_plan import FullConfig, check_config, default_config
 from attnscope.attention.taylor.triton_stream import StreamConfig
 
 BOUND = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -175,8 +175,7 @@ def test_splits_over_keys_change_only_the_order_of_the_sum(terms, monkeypatch):
     "config",
     [
         FullConfig(chunk=16, lifts=1, block_t=32, block_m=64, build_warps=2, read_warps=4),
-        FullConfig(chunk=32, lifts=2, block_t=32, block_m=32, build_warps=2, read_warps=2),
-        FullConfig(chunk=64, lifts=8, block_t=64, block_m=64, build_warps=4, read_warps=4),
+        FullConfig(chunk=16, lifts=2, block_t=32, block_m=32, build_warps=2, read_warps=2),
         FullConfig(chunk=16, lifts=2, build_lifts=2, block_t=64, build_warps=4),
     ],
     ids=str,
@@ -267,14 +266,16 @@ def test_four_terms_in_16_bits_at_odd_lengths(queries, keys, weighted):
 
 
 def test_tile_sizes_that_compile_to_wrong_code_are_refused():
-    query, key, value = tensors(16, 16, torch.bfloat16)
-    for field in ("block_t", "block_m"):
-        config = FullConfig(**({"block_t": 128, "block_m": 128} | {field: 64}))
-        with pytest.raises(ValueError, match=f"{field}: 64 is not allowed with 8 warps at P 4"):
-            triton_full.sums(query, key, value, 4, config=config)
-        triton_full.sums(query, key, value, 3, config=config)
+    query, key, value = tensors(32, 32, torch.bfloat16)
+    config = FullConfig(chunk=64)
+    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 32, .* P 4; allowed: up to 32"):
+        triton_full.sums(query, key, value, 4, config=config)
+    triton_full.sums(query, key, value, 3, config=config)
     with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
         triton_full.sums(query, key, value, 3, config=FullConfig(lifts=8, build_lifts=4))
+    for head_dim, value_dim in ((8, 16), (32, 32), (64, 128), (64, 20)):
+        config = default_config(head_dim, value_dim, 4, torch.bfloat16)
+        check_config(config, head_dim, value_dim, 4, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
