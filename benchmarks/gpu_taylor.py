@@ -44,8 +44,8 @@ HEADS = 24
 HEAD_DIM = 128
 BLOCKS = 4
 NMSE_BOUND = 1e-5
-WHOLE_NMSE_BOUND = 1e-4
-"""The output is bf16 and an average: what it varies by is smaller than what it is."""
+WHOLE_NMSE_BOUND = 3e-5
+"""Query and key are rounded once more, centred and scaled, and the output is bf16."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,10 @@ def attention(
         statistics = build(k, v, terms, weights=weights, config=config, finite=True)
         if value_mean is None:
             value_mean = query.new_zeros(batch * heads, value.shape[3], dtype=torch.float32)
+        elif v.dtype != torch.float32:
+            # Values lie on the grid of their dtype, so the mean is rounded away alike in all of
+            # them, an error that does not average out. What was really taken out is added again.
+            value_mean -= _means(v).view_as(value_mean)
         division = Division(out, value_mean.view(-1, value_dim), parts, eps, round_denominators)
         _, denominator = read(q, statistics, terms, value_dim, config=config, division=division)
     return denominator
