@@ -27,7 +27,6 @@ class SumsPath(IntEnum):
     STREAMING_TERMS = 11
     STREAMING_HEAD_DIM = 12
     STREAMING_VALUE_DIM = 13
-    STREAMING_HALF_PRECISION = 14
     FULL = 20
 
     @property
@@ -47,7 +46,6 @@ NAMES: dict[int, str] = {
     SumsPath.STREAMING_TERMS: "streaming (P is too high for the full path)",
     SumsPath.STREAMING_HEAD_DIM: "streaming (head_dim is too large for the full path at this P)",
     SumsPath.STREAMING_VALUE_DIM: "streaming (value_dim is too large for the full path)",
-    SumsPath.STREAMING_HALF_PRECISION: "streaming (at P 4 the full path takes float32 only)",
     SumsPath.FULL: "full",
 }
 """For people; the word before the bracket is the path."""

@@ -285,7 +285,7 @@ class TaylorSettings(Measured):
         Group.MEMORY,
         "What computes the sums. auto takes the fastest that fits the call; streaming is the "
         "Triton path that works in chunks of features (elsewhere called fused_kernel), full the "
-        "one that holds all of them (fused_full_kernel; P up to 4, at P 4 in float32 only). "
+        "one that holds all of them (fused_full_kernel; P up to 4). "
         "Without Triton or CUDA, torch runs.",
         title="path",
         advanced=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -59,6 +60,30 @@ class Attended:
 
     out: torch.Tensor
     denominator: torch.Tensor
+
+
+@runtime_checkable
+class WholeHeads(Protocol):
+    """Sums that can also do a whole call: preparation, sums and division in fewer passes."""
+
+    def takes_whole(self, terms: int, options: Options) -> bool:
+        """Whether `whole` can take calls without weights that have these options."""
+
+    def whole(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        terms: int,
+        options: Options,
+        eps: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """`taylor_attention` into ``out``; returns its denominators, in float32."""
+
+    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
+        """Bytes of the copies of one head that `whole` holds, value as wide as key."""
 
 
 def rounded(denominator: torch.Tensor, dtype: torch.dtype, options: Options) -> torch.Tensor:
@@ -216,9 +241,27 @@ def taylor_attention(
     dtype, parts = kernel.accumulation_dtype(query.dtype), options.heads_per_head
     out = query.new_empty(batch, heads, queries, value_dim)
     denominators = query.new_empty(batch, heads * parts, queries, 1, dtype=dtype)
-    per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
+    whole = None
+    if weights is None and isinstance(sums, WholeHeads) and sums.takes_whole(terms, options):
+        whole = sums
+        per_head = whole.whole_bytes(queries, keys, max(head_dim, value_dim), options)
+    else:
+        per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
     limit = kernel.budget(query.device).heads
     for rows, some in kernel.head_groups(batch, heads, per_head, limit):
+        split_heads = slice(some.start * parts, some.stop * parts)
+        if whole is not None:
+            denominators[rows, split_heads] = whole.whole(
+                query[rows, some],
+                key[rows, some],
+                value[rows, some],
+                scale,
+                terms,
+                options,
+                eps,
+                out[rows, some],
+            )
+            continue
         chosen = weights
         if weights is not None:
             chosen = weights[rows if weights.shape[0] > 1 else slice(None)]
@@ -235,7 +278,6 @@ def taylor_attention(
             sums,
         )
         out[rows, some] = blocks.merge(numerator, parts)
-        split_heads = slice(some.start * parts, some.stop * parts)
         denominators[rows, split_heads] = denominator
         # The next heads' copies come before these names are taken again.
         del numerator, denominator

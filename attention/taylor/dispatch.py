@@ -92,10 +92,6 @@ def choose(
     if triton_reason:
         return Choice(missing, triton_reason)
     full, why = _refused_by_full(head_dim, value_dim, terms)
-    if not full and terms == 4 and dtype != torch.float32:
-        # Compiled for an H200 its 16-bit products at P = 4 miss the reference; float32 ones don't.
-        full = "the fully fused path at P 4 takes float32 only"
-        why = SumsPath.STREAMING_HALF_PRECISION
     streaming = triton_stream.refusal(terms)
     if setting == "auto" and keys < MIN_TOKENS:
         return Choice(SumsPath.TORCH_FEW_KEYS, f"{keys} keys are fewer than {MIN_TOKENS}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import kernel, triton_full, triton_stream
+from . import kernel, triton_full, triton_stream, triton_whole
 from .attend import Options
 from .blocks import Sums
 from .dispatch import Choice, PathSetting, choose
@@ -60,6 +60,44 @@ class TritonSums:
                 numerator -= torch.matmul(factor.transpose(-2, -1), value.float())
                 denominator -= factor.sum(dim=2, keepdim=True)
         return numerator, denominator
+
+    def takes_whole(self, terms: int, options: Options) -> bool:
+        """As `attend.WholeHeads`."""
+        independent = options.sub_head_blocks == 1 or options.sub_head_mode == "independent"
+        # Degree 0 alone needs no kernel, and a projection none of the passes that are saved.
+        return self.path == "full" and terms > 1 and independent and not options.feature_projection
+
+    def whole(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        terms: int,
+        options: Options,
+        eps: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `attend.WholeHeads`."""
+        return triton_whole.attention(
+            query,
+            key,
+            value,
+            scale,
+            terms,
+            parts=options.heads_per_head,
+            centre_queries=options.centre_queries,
+            centre_keys=options.centre_keys,
+            centre_values=options.centre_values,
+            round_denominators=options.round_denominators,
+            eps=eps,
+            out=out,
+        )
+
+    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
+        """As `attend.WholeHeads`."""
+        size = operand_dtype(self.dtype).itemsize
+        return triton_whole.whole_bytes(queries, keys, head_dim, options.heads_per_head, size)
 
 
 def pick(

@@ -72,7 +72,7 @@ def full_memory_bytes(
             build(tiles, tiles * config.chunk, columns)
     rows = lifted_rows(head_dim, terms, config)
     if rows:
-        build(rows // (config.chunk * config.lifts), rows, padded(value_dim))
+        build(rows // (config.chunk * config.build_lifts), rows, padded(value_dim))
     return max(peak, held + results)
 
 

@@ -74,7 +74,7 @@ def test_unranking_reaches_ranks_beyond_32_bits():
 @pytest.mark.parametrize(("chunk", "lifts"), [(4, 1), (8, 4), (16, 2)])
 def test_lifted_tiles_hold_every_monomial_of_the_next_degree_once(head_dim, degree, chunk, lifts):
     base = base_layout(head_dim, degree, chunk).coordinates.tolist()
-    layout = lift_layout(head_dim, degree, chunk, lifts)
+    layout = lift_layout(head_dim, degree, chunk, lifts, lifts)
     found = {}
     for tile, weights in enumerate(layout.weights.tolist()):
         index = layout.tile_chunk[tile]
