@@ -68,9 +68,10 @@ def test_all_queries_and_keys_sampled_give_the_full_metrics() -> None:
 def test_few_samples_come_near_the_full_metrics() -> None:
     q, k, v = tensors(512)
     exact = reference_attention(q, k, v, SCALE)
-    out = exact + 0.1 * torch.randn(exact.shape, dtype=exact.dtype)
+    noise = torch.randn(exact.shape, dtype=exact.dtype, generator=torch.Generator().manual_seed(1))
+    out = exact + 0.1 * noise
     logits = q @ k.transpose(-2, -1) * SCALE
-    stats = measured(q, k, v, out, SCALE, None, 32, 0)
+    stats = measured(q, k, v, out, SCALE, None, 64, 0)
     assert float(stats["nmse"]) == pytest.approx(float(nmse(out, exact)), rel=0.25)
     assert float(stats["cosine"]) == pytest.approx(float(cosine(out, exact)), abs=0.02)
     assert float(stats["qk_std"]) == pytest.approx(
