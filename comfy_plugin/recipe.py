@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 OWN_PREFIX = "AttnScope"
 """What the class names of our own nodes begin with."""
@@ -127,7 +127,7 @@ class _Walk:
         return self._graph[name].get("inputs") or {}
 
     @staticmethod
-    def _is_link(value: Any) -> bool:
+    def _is_link(value: Any) -> TypeGuard[list[Any]]:
         return (
             isinstance(value, list)
             and len(value) == 2
