@@ -3,7 +3,7 @@ import { describe, expect, it } from 'vitest'
 import { imagePair } from '../testing/fixtures'
 import { baselineTitle, caveats, errorText, psnrText, ratioText, ssimText, timeRatio } from './comparison'
 
-const FINE = { sameDevice: true, unpaired: 0 }
+const FINE = { exact: true, sameDevice: true, unpaired: 0 }
 const SAME = { comparable: true, differs: [], unknown: [] }
 
 describe('figures for a person', () => {
@@ -32,6 +32,7 @@ describe('figures for a person', () => {
 
   it('names errors with their range', () => {
     expect(errorText(1.25)).toBe('1.25 / 255')
+    expect(errorText(26)).toBe('26 / 255')
     expect(errorText(null)).toBe('–')
   })
 })
@@ -61,14 +62,16 @@ describe('what must be known before the figures are trusted', () => {
 
   it('says what was not compared, and what spoils the figures', () => {
     const found = caveats({ ...SAME, unknown: ['recipe'] }, imagePair({ lossless: false }), {
+      exact: false,
       sameDevice: false,
       unpaired: 2,
     })
-    expect(found).toHaveLength(4)
-    expect(found[0]).toContain('prompt')
-    expect(found[1]).toContain('JPEG')
-    expect(found[2]).toBe('2 images have no partner.')
-    expect(found[3]).toContain('device')
+    expect(found).toHaveLength(5)
+    expect(found[0]).toContain('not exact')
+    expect(found[1]).toContain('prompt')
+    expect(found[2]).toContain('JPEG')
+    expect(found[3]).toBe('2 images have no partner.')
+    expect(found[4]).toContain('device')
   })
 })
 

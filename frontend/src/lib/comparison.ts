@@ -21,7 +21,9 @@ export function ssimText(ssim: WireNumber): string {
 
 /** An error of 255. */
 export function errorText(error: WireNumber): string {
-  return error === null ? NOT_MEASURED : `${formatNumber(error)} / 255`
+  const value = parseNumber(error)
+  if (value === null) return NOT_MEASURED
+  return `${Number.isInteger(value) ? value : formatNumber(value)} / 255`
 }
 
 /** A time over its baseline's in words. */
@@ -51,9 +53,10 @@ const CONDITION_TITLES: Record<string, string> = { seed: 'seed', recipe: 'prompt
 export function caveats(
   match: Match | null,
   pair: ImagePair | null,
-  rest: { sameDevice: boolean; unpaired: number },
+  rest: { exact: boolean; sameDevice: boolean; unpaired: number },
 ): string[] {
   const found: string[] = []
+  if (!rest.exact) found.push('The chosen run is not exact: its picture approximates, too.')
   for (const item of match?.differs ?? []) {
     found.push(`Another ${item.title}: ${shortened(item.run)} here, ${shortened(item.baseline)} there.`)
   }
