@@ -409,7 +409,7 @@ class ImagePair(Message):
     baseline_url: str
     lossless: bool = Field(
         description="whether both are stored as they came; false: the figures include the "
-        "losses of JPEG, at best some 37 dB"
+        "losses of JPEG"
     )
     identical: bool = Field(description="no pixel differs")
     psnr: Number = Field(description="dB; Infinity for identical images")

@@ -65,7 +65,7 @@ export function caveats(
     found.push(`The ${names} of one of the runs is not known; everything else is the same.`)
   }
   if (pair && !pair.lossless) {
-    found.push('An image is stored as JPEG: the figures include its losses, at best some 37 dB.')
+    found.push('An image is stored as JPEG, whose own losses are in the figures.')
   }
   if (rest.unpaired > 0) {
     found.push(`${rest.unpaired} image${rest.unpaired > 1 ? 's have' : ' has'} no partner.`)

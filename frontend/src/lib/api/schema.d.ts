@@ -871,7 +871,7 @@ export interface components {
             baseline_url: string;
             /**
              * Lossless
-             * @description whether both are stored as they came; false: the figures include the losses of JPEG, at best some 37 dB
+             * @description whether both are stored as they came; false: the figures include the losses of JPEG
              */
             lossless: boolean;
             /**
