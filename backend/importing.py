@@ -19,6 +19,7 @@ from ..db import changes, migrate, models, revisions, runs
 from ..db.session import Store, Transaction
 from ..wire import AnyEvent, Batch, ImageTaken, InstanceInfo, RevisionState
 from . import archive, ingest, validation
+from .comparing import Comparer
 from .config import Config
 from .feed import Feed
 from .image_files import ImageFiles
@@ -56,12 +57,14 @@ def import_file(config: Config, path: Path) -> Report:
     """
     config.data_dir.mkdir(parents=True, exist_ok=True)
     store = Store(config.url, config.busy_timeout)
+    files = ImageFiles(config.images_dir)
     services = Services(
         config=config,
         store=store,
         feed=Feed(),
         mailboxes=Mailboxes(),
-        images=ImageFiles(config.images_dir),
+        images=files,
+        comparer=Comparer(files),
     )
     try:
         migrate.upgrade(store)

@@ -29,7 +29,7 @@ from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
-from .identity import find_place, model_info, sampler_function, sampling_info
+from .identity import find_place, model_info, sampler_function, sampling_info, with_recipe
 from .images import Previews
 from .layouts import AttentionCall, Unreadable, read_call
 from .memory import reserve_for
@@ -170,7 +170,10 @@ class _Sampling:
             place=place,
         )
         self._begin = lambda: self.run.start(
-            sampling=info, model=model, label=plan.label, instance_revision=instance_revision
+            sampling=lambda: with_recipe(info, place),
+            model=model,
+            label=plan.label,
+            instance_revision=instance_revision,
         )
         self._set_argument("callback", _Callback(self.run, self._argument("callback")))
 

@@ -141,12 +141,12 @@ class Run:
     def start(
         self,
         *,
-        sampling: SamplingInfo,
+        sampling: Callable[[], SamplingInfo],
         model: Callable[[], ModelInfo],
         label: str,
         instance_revision: int | None,
     ) -> None:
-        """Tell that the run begins."""
+        """Tell that the run begins; what is to be called is called on the link's thread."""
         run_id, at, variant = self.run_id, time.time(), self.variant.name
         settings = self.settings
 
@@ -159,7 +159,7 @@ class Run:
                 settings=settings.model_dump(mode="json"),
                 instance_revision=instance_revision,
                 label=label[:200],
-                sampling=sampling,
+                sampling=sampling(),
                 model=model(),
             )
 
