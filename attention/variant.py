@@ -11,6 +11,7 @@ import torch
 
 from .reasons import Fallback, Gate
 from .settings import VariantSettings
+from .token_layout import TokenLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Call:
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
         wants_log_mass: whether the result shall hold ``log_mass``, which costs a sampling nothing
             where it isn't asked for.
+        layout: where the tokens stand, text first; None where it isn't certain or query and key
+            are of different tokens.
     """
 
     settings: VariantSettings
@@ -65,6 +68,7 @@ class Call:
     scale: float
     mask: torch.Tensor | None = None
     wants_log_mass: bool = False
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
