@@ -10,6 +10,7 @@ import torch
 
 from .. import gates, masks
 from ..reasons import Fallback, Gate
+from ..reservation import Reservation
 from ..settings import TaylorSettings, VariantSettings
 from ..variant import Call, Effective, Result, RunInfo, Tuning, Variant
 from .attend import Options, taylor_attention
@@ -20,7 +21,6 @@ from .mass import log_mass
 from .memory import Shape, working_bytes
 from .paths import pick
 from .probe import least_denominator, probe_denominators
-from .reservation import Reservation
 from .shaping import shape
 from .triton_stream import StreamConfig
 

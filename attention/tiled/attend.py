@@ -1,0 +1,443 @@
+"""Attention by tiles: exact keys and pseudo-keys in one softmax, in plain torch.
+
+The query of a tile sees the text exactly, the tiles of its window and those picked for it exactly,
+and every other tile as the pseudo-keys of `pool`. All share one normaliser. The phases are those
+of a fused kernel: pool, select, products of the far field, and the loop over query tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..taylor.kernel import accumulation_dtype
+from ..token_layout import TokenLayout
+from . import far, near, select
+from .pool import Pooled, pool
+from .tiles import SLOTS, Tiles, cut, window_width, windows
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to approximate.
+
+    Attributes:
+        radius: of the window of exact tiles, in tiles; 0 is the query's own tile alone.
+        top_k: further exact tiles of each query tile.
+        first_order: whether values go with keys within a far tile.
+        block: keys that one pseudo-key stands for: 64 or 16.
+        correction: whether a pseudo-key's mass takes the spread of its keys into account.
+    """
+
+    radius: int = 1
+    top_k: int = 0
+    first_order: bool = True
+    block: int = SLOTS
+    correction: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What came of it.
+
+    Attributes:
+        out: ``[B, H, N, Dv]`` in the query's dtype.
+        log_mass: ``[B, H, N]`` float32, log of the joint denominator; None where not asked for.
+    """
+
+    out: torch.Tensor
+    log_mass: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Working memory that may be used, in bytes: a trade of speed.
+
+    Attributes:
+        heads: copies and pooled tiles of the heads that are computed at a time.
+        logits: of one run of query tiles.
+        cross: first-order terms of query tiles.
+    """
+
+    heads: int
+    logits: int
+    cross: int
+
+
+CPU_SIZES = Sizes(heads=0, logits=6 * 2**20, cross=32 * 2**20)
+"""One head at a time, and logits that stay in the cache."""
+
+DEVICE_SIZES = Sizes(heads=1024 * 2**20, logits=512 * 2**20, cross=512 * 2**20)
+
+
+def sizes(device: torch.device) -> Sizes:
+    """The bounds for a device."""
+    return CPU_SIZES if device.type == "cpu" else DEVICE_SIZES
+
+
+def picked_tiles(tiles_: int, layout: TokenLayout, options: Options) -> int:
+    """How many tiles a query tile can have beside its window: ``top_k`` or what is left."""
+    most = max((window_tiles(grid, options.radius) for grid in layout.grids), default=0)
+    return min(options.top_k, tiles_ - most)
+
+
+def window_tiles(grid: tuple[int, int], radius: int) -> int:
+    """Tiles of a window in a grid of so many rows and columns of tokens."""
+    high, wide = (window_width(-(-size // 8), radius) for size in grid)
+    return high * wide
+
+
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    layout: TokenLayout,
+    options: Options,
+    *,
+    wants_log_mass: bool = False,
+) -> Attended:
+    """Attend by tiles.
+
+    Args:
+        query: ``[B, H, N, D]``, any floating dtype; sums are in float32, or float64 for float64.
+        key: ``[B, H, N, D]``.
+        value: ``[B, H, N, Dv]``.
+        scale: factor on q·k.
+        layout: of the N tokens.
+        options: how to approximate.
+        wants_log_mass: whether to compute `Attended.log_mass`.
+
+    Raises:
+        ValueError: the layout has another number of tokens.
+    """
+    batch, heads, tokens, _ = query.shape
+    if layout.tokens != tokens or key.shape[2] != tokens:
+        raise ValueError(
+            f"layout: holds {layout.tokens} tokens; allowed: those of query ({tokens}) and key "
+            f"({key.shape[2]})"
+        )
+    text = layout.text_tokens
+    out = query.new_empty(batch, heads, tokens, value.shape[3])
+    mass = None
+    if wants_log_mass:
+        mass = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    if text:
+        out[:, :, :text] = torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, :text], key, value, scale=scale
+        )
+    tiles = cut(layout, query.device)
+    for rows, some in head_groups(query, value, tiles.count):
+        q, k, v = (x[rows, some].flatten(0, 1) for x in (query, key, value))
+        attended, group_mass = _attend_heads(
+            q, k, v, scale, layout, tiles, options, wants_log_mass
+        )
+        shape = out[rows, some].shape
+        out[rows, some, text:] = attended.view(*shape[:2], -1, shape[3])
+        if mass is not None and group_mass is not None:
+            mass[rows, some] = group_mass.view(*shape[:2], tokens)
+    return Attended(out, mass)
+
+
+def head_groups(
+    query: torch.Tensor, value: torch.Tensor, tiles: int
+) -> Iterator[tuple[slice, slice]]:
+    """Slices of batch and heads that are computed at a time."""
+    batch, heads, _, width = query.shape
+    size = accumulation_dtype(query.dtype).itemsize
+    value_width = value.shape[3]
+    per_head = size * tiles * (SLOTS * 3 * (width + value_width) + width * value_width)
+    most = max(1, sizes(query.device).heads // max(1, per_head))
+    step = math.ceil(heads / math.ceil(heads / most))
+    for row in range(batch):
+        for first in range(0, heads, step):
+            yield slice(row, row + 1), slice(first, min(first + step, heads))
+
+
+def _attend_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    layout: TokenLayout,
+    tiles: Tiles,
+    options: Options,
+    wants_log_mass: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Image rows ``[G, image tokens, Dv]`` of G heads, and the log mass of all rows."""
+    dtype = accumulation_dtype(query.dtype)
+    text, heads = layout.text_tokens, query.shape[0]
+
+    def by_tile(x: torch.Tensor) -> torch.Tensor:
+        image = x[:, text:].index_select(1, tiles.order).to(dtype)
+        return image.view(heads, tiles.count, SLOTS, x.shape[-1])
+
+    queries, keys, values = by_tile(query).mul_(scale), by_tile(key), by_tile(value)
+    field = _Field.build(tiles, queries, keys, values, layout, options)
+    loop = _Loop(
+        tiles, queries, keys, values,
+        key[:, :text].to(dtype), value[:, :text].to(dtype), field, options,
+    )  # fmt: skip
+    out = queries.new_empty(heads, tiles.count, SLOTS, value.shape[-1])
+    mass = queries.new_empty(heads, tiles.count * SLOTS) if wants_log_mass else None
+    loop.run(out, mass)
+    attended = out.view(heads, -1, value.shape[-1]).index_select(1, tiles.slots)
+    if mass is None:
+        return attended, None
+    text_mass = _log_mass(query[:, :text].to(dtype) * scale, key.to(dtype))
+    return attended, torch.cat([text_mass, mass.index_select(1, tiles.slots)], dim=1).float()
+
+
+def _log_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """logsumexp of the logits of ``[G, n, D]`` and ``[G, N, D]``: ``[G, n]``, by blocks."""
+    parts = [
+        torch.matmul(rows, key.transpose(-2, -1)).logsumexp(dim=-1)
+        for rows in query.split(128, dim=1)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """What is not in a window.
+
+    Attributes:
+        pooled: None where every tile is exact.
+        picks: ``[G, T, K]`` int64; None for none.
+        bias: of the pseudo-keys, ``[G or 1, T, M]``: log n, or -inf where the tile is exact.
+        own: ½·qᵀΣ̄q, ``[G, T·64]``; None without a correction.
+        weights: of the first-order terms, ``[G, T, T]``; None without.
+    """
+
+    pooled: Pooled | None
+    picks: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    @classmethod
+    def build(
+        cls,
+        tiles: Tiles,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: TokenLayout,
+        options: Options,
+    ) -> _Field:
+        picked = picked_tiles(tiles.count, layout, options)
+        least = min((window_tiles(grid, options.radius) for grid in layout.grids), default=0)
+        if least + picked >= tiles.count and picked == 0:
+            return cls(None)
+        pooled = pool(
+            tiles, query, key, value,
+            block=options.block,
+            spread=options.correction,
+            cross=options.first_order or picked > 0,
+        )  # fmt: skip
+        logits, damping = far.tile_logits(pooled)
+        excluded = select.excluded_windows(tiles, options.radius, query.dtype).unsqueeze(0)
+        picks = None
+        if picked:
+            picks = select.pick(logits, pooled, tiles, excluded, picked)
+            excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
+        weights = None
+        if options.first_order:
+            weights = far.tile_weights(logits, damping, excluded, pooled.blocks)
+        bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + pooled.log_count
+        own = far.variance(query.flatten(1, 2), pooled)
+        return cls(pooled, picks, bias, own, weights)
+
+
+class _Loop:
+    """The loop over query tiles."""
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        text_key: torch.Tensor,
+        text_value: torch.Tensor,
+        field: _Field,
+        options: Options,
+    ) -> None:
+        self._tiles, self._field, self._options = tiles, field, options
+        self._query, self._key, self._value = query, key, value
+        self._text_key, self._text_value = text_key, text_value
+        self._slides = query.device.type == "cpu" and query.shape[0] == 1
+        self._dead = None
+        if not tiles.full:
+            slot = torch.arange(SLOTS, device=query.device)
+            dead = slot >= tiles.live[:, None]
+            self._dead = torch.zeros_like(dead, dtype=query.dtype).masked_fill_(dead, -math.inf)
+
+    def run(self, out: torch.Tensor, mass: torch.Tensor | None) -> None:
+        """Fill ``out`` ``[G, T, 64, Dv]`` and, where wanted, ``mass`` ``[G, T·64]``."""
+        bounds = sizes(out.device)
+        heads, _, _, width = self._query.shape
+        columns = max(self._columns(grid.first) for grid in self._tiles.grids)
+        row = self._query.element_size() * heads * SLOTS * columns
+        most = max(1, bounds.logits // row)
+        all_runs = list(near.runs(self._tiles.grids, most, self._slides))
+        rows = max(run.count for run in all_runs) * heads * SLOTS
+        work = self._query.new_empty(2, rows * columns)
+        held = self._query.element_size() * heads * width * out.shape[-1]
+        for together in _together(all_runs, max(1, bounds.cross // held)):
+            first, last = together[0].first, together[-1].last
+            terms = None
+            if self._field.weights is not None and self._field.pooled is not None:
+                terms = far.first_order(self._field.weights[:, first:last], self._field.pooled)
+            for run in together:
+                own = terms[:, run.first - first : run.last - first] if terms is not None else None
+                self._attend(run, work, own, out, mass)
+
+    def _columns(self, tile: int) -> int:
+        """Keys and pseudo-keys of a query in the grid of a tile."""
+        numbers = self._windows(tile)
+        field = self._field
+        picked = 0 if field.picks is None else field.picks.shape[-1]
+        far_columns = 0 if field.bias is None else field.bias.shape[-1]
+        return self._text_key.shape[1] + (numbers.shape[1] + picked) * SLOTS + far_columns
+
+    def _windows(self, tile: int) -> torch.Tensor:
+        grid = next(grid for grid in self._tiles.grids if grid.first <= tile < grid.last)
+        return windows(grid, self._options.radius, self._query.device)
+
+    def _batches(self, run: near.Run) -> list[list[near.Batch]]:
+        """Exact tiles of a run: those of the window, then those picked."""
+        if self._slides:
+            window = list(near.sliding(self._key, self._value, run, self._options.radius))
+        else:
+            window = [near.gathered(self._key, self._value, self._numbers(run))]
+        if self._field.picks is None:
+            return [window]
+        picks = self._field.picks[:, run.first : run.last]
+        return [window, [near.gathered(self._key, self._value, picks)]]
+
+    def _numbers(self, run: near.Run) -> torch.Tensor:
+        first = run.grid.first
+        return self._windows(first)[run.first - first : run.last - first].unsqueeze(0)
+
+    def _attend(
+        self,
+        run: near.Run,
+        work: torch.Tensor,
+        terms: torch.Tensor | None,
+        out: torch.Tensor,
+        mass: torch.Tensor | None,
+    ) -> None:
+        query = self._query[:, run.first : run.last]
+        heads, count, _, width = query.shape
+        text, columns = self._text_key.shape[1], self._columns(run.first)
+        shape = (heads, count, SLOTS, columns)
+        logits, weights = (half[: math.prod(shape)].view(shape) for half in work)
+        flat = query.reshape(heads, count * SLOTS, width)
+        by_head = logits.view(heads, count * SLOTS, columns)
+        torch.bmm(flat, self._text_key.transpose(-2, -1), out=by_head[:, :, :text])
+        batches = self._batches(run)
+        place = text
+        for batch_list in batches:
+            place = self._near_logits(run, query, batch_list, logits, place)
+        if self._dead is not None:
+            self._leave_out_dead(run, logits, text)
+        self._far_logits(run, flat, by_head, logits, place)
+        torch.softmax(logits, dim=-1, out=weights)
+        if mass is not None:
+            # A matter of one more pass over the logits.
+            rows = slice(run.first * SLOTS, run.last * SLOTS)
+            mass[:, rows] = by_head.logsumexp(dim=-1)
+        by_head = weights.view(heads, count * SLOTS, columns)
+        attended = torch.bmm(by_head[:, :, :text], self._text_value)
+        start = text
+        for batch_list in batches:
+            start = _add_near(attended, weights, batch_list, start)
+        field = self._field
+        if field.pooled is not None:
+            far_weights = by_head[:, :, place:]
+            attended.baddbmm_(far_weights, field.pooled.value)
+            if terms is not None:
+                linear = torch.matmul(query, terms).view(heads, count * SLOTS, -1)
+                attended.addcmul_(linear, far_weights.sum(dim=-1, keepdim=True))
+        out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
+
+    def _near_logits(
+        self,
+        run: near.Run,
+        query: torch.Tensor,
+        batches: list[near.Batch],
+        logits: torch.Tensor,
+        place: int,
+    ) -> int:
+        """Logits of exact tiles from column ``place`` on; the column after them."""
+        width = query.shape[-1]
+        keys = batches[0].key.shape[1]
+        for batch in batches:
+            parts = batch.key.shape[0]
+            rows = query[:, batch.first : batch.last].reshape(parts, -1, width)
+            # Into memory of its own: a product into columns of a larger matrix is slower.
+            product = torch.bmm(rows, batch.key.transpose(-2, -1))
+            target = logits[:, batch.first : batch.last, :, place : place + keys]
+            target.copy_(product.view(target.shape))
+        return place + keys
+
+    def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
+        assert self._dead is not None
+        numbers = self._numbers(run)
+        picks = self._field.picks
+        if picks is not None:
+            numbers = numbers.expand(picks.shape[0], -1, -1)
+            numbers = torch.cat([numbers, picks[:, run.first : run.last]], dim=-1)
+        bias = self._dead[numbers].flatten(2).unsqueeze(2)  # [G or 1, t, 1, keys]
+        logits[..., place : place + bias.shape[-1]] += bias
+
+    def _far_logits(
+        self,
+        run: near.Run,
+        flat: torch.Tensor,
+        by_head: torch.Tensor,
+        logits: torch.Tensor,
+        place: int,
+    ) -> None:
+        field = self._field
+        if field.pooled is None or field.bias is None:
+            return
+        target = by_head[:, :, place:]
+        torch.bmm(flat, field.pooled.key.transpose(-2, -1), out=target)
+        own = field.own
+        if own is not None:
+            own = own[:, run.first * SLOTS : run.last * SLOTS]
+        far.add_correction(target, own, field.pooled)
+        logits[..., place:] += field.bias[:, run.first : run.last].unsqueeze(2)
+
+
+def _add_near(
+    attended: torch.Tensor, weights: torch.Tensor, batches: list[near.Batch], place: int
+) -> int:
+    """Add the weighted values of exact tiles from column ``place`` on; the column after them."""
+    keys = batches[0].value.shape[1]
+    heads, count = weights.shape[:2]
+    by_tile = attended.view(heads, count, SLOTS, -1)
+    for batch in batches:
+        parts = batch.value.shape[0]
+        rows = weights[:, batch.first : batch.last, :, place : place + keys]
+        target = by_tile[:, batch.first : batch.last].view(parts, -1, attended.shape[-1])
+        merged = rows.view(parts, target.shape[1], keys)
+        target.baddbmm_(merged, batch.value)
+    return place + keys
+
+
+def _together(all_runs: list[near.Run], most: int) -> Iterator[list[near.Run]]:
+    """Successive runs of up to ``most`` tiles in all, or one run."""
+    held: list[near.Run] = []
+    for run in all_runs:
+        if held and run.last - held[0].first > most:
+            yield held
+            held = []
+        held.append(run)
+    if held:
+        yield held

@@ -1,0 +1,97 @@
+"""The far field: pseudo-keys that stand for whole blocks, and their first-order term."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .pool import Pooled
+from .tiles import SLOTS
+
+BEND = 0.1
+"""How c' = c / (1 + BEND·c) falls short of c: keys of a tile spread more evenly than normal ones,
+whose mass grows faster. Chosen on synthetic heads, as is `DAMPING`."""
+
+DAMPING = 0.5
+"""The first-order term of a block counts by 1 / (1 + DAMPING·c), for the same reason."""
+
+MOST = math.log(SLOTS)
+"""Bound of c': a correction beyond a tile's whole mass says that the estimate has failed."""
+
+
+def variance(query: torch.Tensor, pooled: Pooled) -> torch.Tensor | None:
+    """½·qᵀΣ̄q of each query, ``[G, n]``, for ``[G, n, D]``; None without a correction."""
+    if pooled.spread is None:
+        return None
+    return (torch.matmul(query, pooled.spread) * query).sum(dim=-1).mul_(0.5)
+
+
+def add_correction(
+    logits: torch.Tensor, own: torch.Tensor | None, pooled: Pooled
+) -> torch.Tensor | None:
+    """Add c' to the logits of pseudo-keys, in place.
+
+    Args:
+        logits: ``[G, n, M]``, q·k̄; any strides.
+        own: what `variance` made of the queries.
+        pooled: the blocks.
+
+    Returns:
+        c, ``[G, n, M]``; None without a correction.
+    """
+    if own is None or pooled.share is None:
+        return None
+    raw = own.unsqueeze(-1) * pooled.share.unsqueeze(-2)
+    bent = (raw * BEND).add_(1.0)
+    torch.div(raw, bent, out=bent)
+    logits.add_(bent.clamp_(max=MOST))
+    return raw
+
+
+def tile_logits(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the mean query of each tile makes of each block.
+
+    Returns:
+        Logits with log n and correction, ``[G, T, M]``, and the damping of the first-order term,
+        of the same shape; None where there is none.
+    """
+    logits = torch.matmul(pooled.query, pooled.key.transpose(-2, -1))
+    raw = add_correction(logits, variance(pooled.query, pooled), pooled)
+    logits += pooled.log_count
+    return logits, None if raw is None else raw.mul_(DAMPING).add_(1.0).reciprocal_()
+
+
+def tile_weights(
+    logits: torch.Tensor, damping: torch.Tensor | None, excluded: torch.Tensor, blocks: int
+) -> torch.Tensor:
+    """Weights by which a query tile adds up the first-order terms of the far tiles.
+
+    Args:
+        logits: of `tile_logits`, ``[G, T, M]``.
+        damping: likewise.
+        excluded: 0, or -inf where a tile is exact; broadcasts to ``[G, T, T]``.
+        blocks: of a tile.
+
+    Returns:
+        ``[G, T, T]``; without damping a row's sum is 1, or 0 where nothing is far.
+    """
+    heads, count, _ = logits.shape
+    masked = logits.view(heads, count, count, blocks) + excluded.unsqueeze(-1)
+    weights = torch.nan_to_num(torch.softmax(masked.flatten(2), dim=-1), nan=0.0)
+    if damping is not None:
+        weights = weights * damping
+    return weights.view(heads, count, count, blocks).sum(dim=-1)
+
+
+def first_order(weights: torch.Tensor, pooled: Pooled) -> torch.Tensor:
+    """Σ_b w_b·C_b of some query tiles: ``[G, t, D, Dv]`` for weights ``[G, t, T]``.
+
+    A query adds ``r·qᵀ`` times it to its output, r being the weight that its own softmax gives
+    the far field. That the weights within the far field are those of its tile's mean query is
+    what makes this a product of matrices.
+    """
+    assert pooled.cross is not None
+    heads, count, width, value_width = pooled.cross.shape
+    summed = torch.bmm(weights, pooled.cross.view(heads, count, width * value_width))
+    return summed.view(heads, weights.shape[1], width, value_width)
