@@ -17,7 +17,9 @@ from ..taylor.kernel import accumulation_dtype
 from ..token_layout import TokenLayout
 from . import far, near, select
 from .pool import Pooled, pool
-from .tiles import SLOTS, Tiles, cut, window_width, windows
+from .products import add_product, multiply
+from .tiles import SLOTS, Tiles, cut, from_tiles, into_tiles, window_width, windows
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,22 +132,18 @@ def tiled_attention(
             query[:, :, :text], key, value, scale=scale
         )
     tiles = cut(layout, query.device)
-    for rows, some in head_groups(query, value, tiles.count):
-        q, k, v = (x[rows, some].flatten(0, 1) for x in (query, key, value))
-        attended, group_mass = _attend_heads(
-            q, k, v, scale, layout, tiles, options, wants_log_mass
-        )
-        shape = out[rows, some].shape
-        out[rows, some, text:] = attended.view(*shape[:2], -1, shape[3])
-        if mass is not None and group_mass is not None:
-            mass[rows, some] = group_mass.view(*shape[:2], tokens)
+    space = Workspace(query, accumulation_dtype(query.dtype))
+    for row, some in head_groups(query, value, tiles.count):
+        q, k, v, target = (x[row, some] for x in (query, key, value, out))
+        target_mass = None if mass is None else mass[row, some]
+        _attend_heads(q, k, v, scale, layout, tiles, options, space, target, target_mass)
     return Attended(out, mass)
 
 
 def head_groups(
     query: torch.Tensor, value: torch.Tensor, tiles: int
-) -> Iterator[tuple[slice, slice]]:
-    """Slices of batch and heads that are computed at a time."""
+) -> Iterator[tuple[int, slice]]:
+    """Row of the batch and heads that are computed at a time."""
     batch, heads, _, width = query.shape
     size = accumulation_dtype(query.dtype).itemsize
     value_width = value.shape[3]
@@ -154,7 +152,7 @@ def head_groups(
     step = math.ceil(heads / math.ceil(heads / most))
     for row in range(batch):
         for first in range(0, heads, step):
-            yield slice(row, row + 1), slice(first, min(first + step, heads))
+            yield row, slice(first, min(first + step, heads))
 
 
 def _attend_heads(
@@ -165,30 +163,33 @@ def _attend_heads(
     layout: TokenLayout,
     tiles: Tiles,
     options: Options,
-    wants_log_mass: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Image rows ``[G, image tokens, Dv]`` of G heads, and the log mass of all rows."""
+    space: Workspace,
+    out: torch.Tensor,
+    mass: torch.Tensor | None,
+) -> None:
+    """Fill the image rows of ``out`` ``[G, N, Dv]`` and all of ``mass`` ``[G, N]``, of G heads."""
     dtype = accumulation_dtype(query.dtype)
     text, heads = layout.text_tokens, query.shape[0]
 
-    def by_tile(x: torch.Tensor) -> torch.Tensor:
-        image = x[:, text:].index_select(1, tiles.order).to(dtype)
-        return image.view(heads, tiles.count, SLOTS, x.shape[-1])
+    def by_tile(name: str, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        slots = space.take(name, (heads, tiles.count, SLOTS, x.shape[-1]))
+        into_tiles(tiles, x[:, text:], slots, factor)
+        return slots
 
-    queries, keys, values = by_tile(query).mul_(scale), by_tile(key), by_tile(value)
-    field = _Field.build(tiles, queries, keys, values, layout, options)
+    queries = by_tile("query", query, scale)
+    keys, values = by_tile("key", key), by_tile("value", value)
+    field = _Field.build(tiles, queries, keys, values, layout, options, space)
     loop = _Loop(
         tiles, queries, keys, values,
-        key[:, :text].to(dtype), value[:, :text].to(dtype), field, options,
+        key[:, :text].to(dtype), value[:, :text].to(dtype), field, options, space,
     )  # fmt: skip
-    out = queries.new_empty(heads, tiles.count, SLOTS, value.shape[-1])
-    mass = queries.new_empty(heads, tiles.count * SLOTS) if wants_log_mass else None
-    loop.run(out, mass)
-    attended = out.view(heads, -1, value.shape[-1]).index_select(1, tiles.slots)
-    if mass is None:
-        return attended, None
-    text_mass = _log_mass(query[:, :text].to(dtype) * scale, key.to(dtype))
-    return attended, torch.cat([text_mass, mass.index_select(1, tiles.slots)], dim=1).float()
+    attended = space.take("attended", values.shape)
+    slot_mass = queries.new_empty(queries.shape[:3]) if mass is not None else None
+    loop.run(attended, slot_mass)
+    from_tiles(tiles, attended, out[:, text:])
+    if mass is not None and slot_mass is not None:
+        mass[:, :text] = _log_mass(query[:, :text].to(dtype) * scale, key.to(dtype))
+        from_tiles(tiles, slot_mass.unsqueeze(-1), mass[:, text:].unsqueeze(-1))
 
 
 def _log_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -208,14 +209,12 @@ class _Field:
         pooled: None where every tile is exact.
         picks: ``[G, T, K]`` int64; None for none.
         bias: of the pseudo-keys, ``[G or 1, T, M]``: log n, or -inf where the tile is exact.
-        own: ½·qᵀΣ̄q, ``[G, T·64]``; None without a correction.
         weights: of the first-order terms, ``[G, T, T]``; None without.
     """
 
     pooled: Pooled | None
     picks: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    own: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
     @classmethod
@@ -227,13 +226,14 @@ class _Field:
         value: torch.Tensor,
         layout: TokenLayout,
         options: Options,
+        space: Workspace,
     ) -> _Field:
         picked = picked_tiles(tiles.count, layout, options)
         least = min((window_tiles(grid, options.radius) for grid in layout.grids), default=0)
         if least + picked >= tiles.count and picked == 0:
             return cls(None)
         pooled = pool(
-            tiles, query, key, value,
+            tiles, query, key, value, space,
             block=options.block,
             spread=options.correction,
             cross=options.first_order or picked > 0,
@@ -246,10 +246,9 @@ class _Field:
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
         weights = None
         if options.first_order:
-            weights = far.tile_weights(logits, damping, excluded, pooled.blocks)
+            weights = far.tile_weights(logits, damping, excluded, tiles.live)
         bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + pooled.log_count
-        own = far.variance(query.flatten(1, 2), pooled)
-        return cls(pooled, picks, bias, own, weights)
+        return cls(pooled, picks, bias, weights)
 
 
 class _Loop:
@@ -265,10 +264,17 @@ class _Loop:
         text_value: torch.Tensor,
         field: _Field,
         options: Options,
+        space: Workspace,
     ) -> None:
+        self._space = space
         self._tiles, self._field, self._options = tiles, field, options
         self._query, self._key, self._value = query, key, value
-        self._text_key, self._text_value = text_key, text_value
+        # Text and pseudo-keys are the same for every query: one product serves both.
+        self._text = text_key.shape[1]
+        self._common_key, self._common_value = text_key, text_value
+        if field.pooled is not None:
+            self._common_key = torch.cat([text_key, field.pooled.key], dim=1)
+            self._common_value = torch.cat([text_value, field.pooled.value], dim=1)
         self._slides = query.device.type == "cpu" and query.shape[0] == 1
         self._dead = None
         if not tiles.full:
@@ -277,7 +283,7 @@ class _Loop:
             self._dead = torch.zeros_like(dead, dtype=query.dtype).masked_fill_(dead, -math.inf)
 
     def run(self, out: torch.Tensor, mass: torch.Tensor | None) -> None:
-        """Fill ``out`` ``[G, T, 64, Dv]`` and, where wanted, ``mass`` ``[G, T·64]``."""
+        """Fill ``out`` ``[G, T, 64, Dv]`` and, where wanted, ``mass`` ``[G, T, 64]``."""
         bounds = sizes(out.device)
         heads, _, _, width = self._query.shape
         columns = max(self._columns(grid.first) for grid in self._tiles.grids)
@@ -285,24 +291,24 @@ class _Loop:
         most = max(1, bounds.logits // row)
         all_runs = list(near.runs(self._tiles.grids, most, self._slides))
         rows = max(run.count for run in all_runs) * heads * SLOTS
-        work = self._query.new_empty(2, rows * columns)
+        work = self._space.take("logits", (2, rows * columns))
         held = self._query.element_size() * heads * width * out.shape[-1]
         for together in _together(all_runs, max(1, bounds.cross // held)):
             first, last = together[0].first, together[-1].last
             terms = None
             if self._field.weights is not None and self._field.pooled is not None:
-                terms = far.first_order(self._field.weights[:, first:last], self._field.pooled)
+                terms = far.first_order(
+                    self._field.weights[:, first:last], self._field.pooled, self._space
+                )
             for run in together:
                 own = terms[:, run.first - first : run.last - first] if terms is not None else None
                 self._attend(run, work, own, out, mass)
 
     def _columns(self, tile: int) -> int:
         """Keys and pseudo-keys of a query in the grid of a tile."""
-        numbers = self._windows(tile)
-        field = self._field
-        picked = 0 if field.picks is None else field.picks.shape[-1]
-        far_columns = 0 if field.bias is None else field.bias.shape[-1]
-        return self._text_key.shape[1] + (numbers.shape[1] + picked) * SLOTS + far_columns
+        picked = 0 if self._field.picks is None else self._field.picks.shape[-1]
+        exact = self._windows(tile).shape[1] + picked
+        return self._common_key.shape[1] + exact * SLOTS
 
     def _windows(self, tile: int) -> torch.Tensor:
         grid = next(grid for grid in self._tiles.grids if grid.first <= tile < grid.last)
@@ -333,57 +339,41 @@ class _Loop:
     ) -> None:
         query = self._query[:, run.first : run.last]
         heads, count, _, width = query.shape
-        text, columns = self._text_key.shape[1], self._columns(run.first)
+        common, columns = self._common_key.shape[1], self._columns(run.first)
         shape = (heads, count, SLOTS, columns)
         logits, weights = (half[: math.prod(shape)].view(shape) for half in work)
         flat = query.reshape(heads, count * SLOTS, width)
         by_head = logits.view(heads, count * SLOTS, columns)
-        torch.bmm(flat, self._text_key.transpose(-2, -1), out=by_head[:, :, :text])
+        multiply(flat, self._common_key.transpose(-2, -1), out=by_head[:, :, :common])
+        self._correct(run, flat, logits)
         batches = self._batches(run)
-        place = text
+        place = common
         for batch_list in batches:
-            place = self._near_logits(run, query, batch_list, logits, place)
+            place = _near_logits(query, batch_list, logits, place, self._space)
         if self._dead is not None:
-            self._leave_out_dead(run, logits, text)
-        self._far_logits(run, flat, by_head, logits, place)
+            self._leave_out_dead(run, logits, common)
         torch.softmax(logits, dim=-1, out=weights)
         if mass is not None:
-            # A matter of one more pass over the logits.
-            rows = slice(run.first * SLOTS, run.last * SLOTS)
-            mass[:, rows] = by_head.logsumexp(dim=-1)
+            mass[:, run.first : run.last] = logits.logsumexp(dim=-1)
         by_head = weights.view(heads, count * SLOTS, columns)
-        attended = torch.bmm(by_head[:, :, :text], self._text_value)
-        start = text
+        attended = multiply(by_head[:, :, :common], self._common_value)
+        place = common
         for batch_list in batches:
-            start = _add_near(attended, weights, batch_list, start)
-        field = self._field
-        if field.pooled is not None:
-            far_weights = by_head[:, :, place:]
-            attended.baddbmm_(far_weights, field.pooled.value)
-            if terms is not None:
-                linear = torch.matmul(query, terms).view(heads, count * SLOTS, -1)
-                attended.addcmul_(linear, far_weights.sum(dim=-1, keepdim=True))
+            place = _add_near(attended, weights, batch_list, place)
+        if terms is not None:
+            share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
+            linear = torch.matmul(query, terms).view(heads, count * SLOTS, -1)
+            attended.addcmul_(linear, share)
         out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
 
-    def _near_logits(
-        self,
-        run: near.Run,
-        query: torch.Tensor,
-        batches: list[near.Batch],
-        logits: torch.Tensor,
-        place: int,
-    ) -> int:
-        """Logits of exact tiles from column ``place`` on; the column after them."""
-        width = query.shape[-1]
-        keys = batches[0].key.shape[1]
-        for batch in batches:
-            parts = batch.key.shape[0]
-            rows = query[:, batch.first : batch.last].reshape(parts, -1, width)
-            # Into memory of its own: a product into columns of a larger matrix is slower.
-            product = torch.bmm(rows, batch.key.transpose(-2, -1))
-            target = logits[:, batch.first : batch.last, :, place : place + keys]
-            target.copy_(product.view(target.shape))
-        return place + keys
+    def _correct(self, run: near.Run, flat: torch.Tensor, logits: torch.Tensor) -> None:
+        """Make pseudo-keys' logits of their products with the queries, in place."""
+        field = self._field
+        if field.pooled is None or field.bias is None:
+            return
+        target = logits[..., self._text : self._common_key.shape[1]]
+        far.add_correction(target.flatten(1, 2), far.variance(flat, field.pooled), field.pooled)
+        target += field.bias[:, run.first : run.last].unsqueeze(2)
 
     def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
         assert self._dead is not None
@@ -395,24 +385,25 @@ class _Loop:
         bias = self._dead[numbers].flatten(2).unsqueeze(2)  # [G or 1, t, 1, keys]
         logits[..., place : place + bias.shape[-1]] += bias
 
-    def _far_logits(
-        self,
-        run: near.Run,
-        flat: torch.Tensor,
-        by_head: torch.Tensor,
-        logits: torch.Tensor,
-        place: int,
-    ) -> None:
-        field = self._field
-        if field.pooled is None or field.bias is None:
-            return
-        target = by_head[:, :, place:]
-        torch.bmm(flat, field.pooled.key.transpose(-2, -1), out=target)
-        own = field.own
-        if own is not None:
-            own = own[:, run.first * SLOTS : run.last * SLOTS]
-        far.add_correction(target, own, field.pooled)
-        logits[..., place:] += field.bias[:, run.first : run.last].unsqueeze(2)
+
+def _near_logits(
+    query: torch.Tensor,
+    batches: list[near.Batch],
+    logits: torch.Tensor,
+    place: int,
+    space: Workspace,
+) -> int:
+    """Logits of exact tiles from column ``place`` on; the column after them."""
+    keys = batches[0].key.shape[1]
+    for batch in batches:
+        parts = batch.key.shape[0]
+        rows = query[:, batch.first : batch.last].reshape(parts, -1, query.shape[-1])
+        # Into memory of its own: a batch of products into columns of a larger matrix is slower.
+        product = space.take("near", (parts, rows.shape[1], keys))
+        multiply(rows, batch.key.transpose(-2, -1), out=product)
+        target = logits[:, batch.first : batch.last, :, place : place + keys]
+        target.copy_(product.view(target.shape))
+    return place + keys
 
 
 def _add_near(
@@ -427,7 +418,7 @@ def _add_near(
         rows = weights[:, batch.first : batch.last, :, place : place + keys]
         target = by_tile[:, batch.first : batch.last].view(parts, -1, attended.shape[-1])
         merged = rows.view(parts, target.shape[1], keys)
-        target.baddbmm_(merged, batch.value)
+        add_product(target, merged, batch.value)
     return place + keys
 
 

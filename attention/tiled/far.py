@@ -7,7 +7,9 @@ import math
 import torch
 
 from .pool import Pooled
+from .products import multiply
 from .tiles import SLOTS
+from .workspace import Workspace
 
 BEND = 0.1
 """How c' = c / (1 + BEND·c) falls short of c: keys of a tile spread more evenly than normal ones,
@@ -24,7 +26,7 @@ def variance(query: torch.Tensor, pooled: Pooled) -> torch.Tensor | None:
     """½·qᵀΣ̄q of each query, ``[G, n]``, for ``[G, n, D]``; None without a correction."""
     if pooled.spread is None:
         return None
-    return (torch.matmul(query, pooled.spread) * query).sum(dim=-1).mul_(0.5)
+    return multiply(query, pooled.spread).mul_(query).sum(dim=-1).mul_(0.5)
 
 
 def add_correction(
@@ -56,14 +58,14 @@ def tile_logits(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor | None]:
         Logits with log n and correction, ``[G, T, M]``, and the damping of the first-order term,
         of the same shape; None where there is none.
     """
-    logits = torch.matmul(pooled.query, pooled.key.transpose(-2, -1))
+    logits = multiply(pooled.query, pooled.key.transpose(-2, -1))
     raw = add_correction(logits, variance(pooled.query, pooled), pooled)
     logits += pooled.log_count
     return logits, None if raw is None else raw.mul_(DAMPING).add_(1.0).reciprocal_()
 
 
 def tile_weights(
-    logits: torch.Tensor, damping: torch.Tensor | None, excluded: torch.Tensor, blocks: int
+    logits: torch.Tensor, damping: torch.Tensor | None, excluded: torch.Tensor, live: torch.Tensor
 ) -> torch.Tensor:
     """Weights by which a query tile adds up the first-order terms of the far tiles.
 
@@ -71,21 +73,22 @@ def tile_weights(
         logits: of `tile_logits`, ``[G, T, M]``.
         damping: likewise.
         excluded: 0, or -inf where a tile is exact; broadcasts to ``[G, T, T]``.
-        blocks: of a tile.
+        live: ``[T]``, live slots of each tile.
 
     Returns:
-        ``[G, T, T]``; without damping a row's sum is 1, or 0 where nothing is far.
+        ``[G, T, T]``, already divided by the number of keys that H is a sum over.
     """
-    heads, count, _ = logits.shape
+    heads, count, columns = logits.shape
+    blocks = columns // count
     masked = logits.view(heads, count, count, blocks) + excluded.unsqueeze(-1)
     weights = torch.nan_to_num(torch.softmax(masked.flatten(2), dim=-1), nan=0.0)
     if damping is not None:
         weights = weights * damping
-    return weights.view(heads, count, count, blocks).sum(dim=-1)
+    return weights.view(heads, count, count, blocks).sum(dim=-1) / live
 
 
-def first_order(weights: torch.Tensor, pooled: Pooled) -> torch.Tensor:
-    """Σ_b w_b·C_b of some query tiles: ``[G, t, D, Dv]`` for weights ``[G, t, T]``.
+def first_order(weights: torch.Tensor, pooled: Pooled, space: Workspace) -> torch.Tensor:
+    """Σ_b w_b·H_b of some query tiles: ``[G, t, D, Dv]`` for weights ``[G, t, T]``.
 
     A query adds ``r·qᵀ`` times it to its output, r being the weight that its own softmax gives
     the far field. That the weights within the far field are those of its tile's mean query is
@@ -93,5 +96,6 @@ def first_order(weights: torch.Tensor, pooled: Pooled) -> torch.Tensor:
     """
     assert pooled.cross is not None
     heads, count, width, value_width = pooled.cross.shape
-    summed = torch.bmm(weights, pooled.cross.view(heads, count, width * value_width))
+    summed = space.take("terms", (heads, weights.shape[1], width * value_width))
+    multiply(weights, pooled.cross.view(heads, count, width * value_width), out=summed)
     return summed.view(heads, weights.shape[1], width, value_width)

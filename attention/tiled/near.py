@@ -87,9 +87,7 @@ def gathered(key: torch.Tensor, value: torch.Tensor, numbers: torch.Tensor) -> B
     return Batch(0, numbers.shape[1], chosen(key), chosen(value))
 
 
-def sliding(
-    key: torch.Tensor, value: torch.Tensor, run: Run, radius: int
-) -> Iterator[Batch]:
+def sliding(key: torch.Tensor, value: torch.Tensor, run: Run, radius: int) -> Iterator[Batch]:
     """The windows of query tiles in one row of tiles, without a copy of each window.
 
     Rows of tiles that the windows reach are laid side by side, so that a column of a window is

@@ -4,7 +4,7 @@ Keys are pooled over blocks of ``centroid_size`` slots, M of them: a tile, or it
 live keys kⱼ of mean k̄ and values vⱼ of mean v̄, a block stands for
 
 ``Σⱼ e^{q·kⱼ}     ≈ n·e^{q·k̄}·e^{c'}``, where c = ½·qᵀΣq and Σ is the keys' covariance, and
-``Σⱼ e^{q·kⱼ}·vⱼ ≈ n·e^{q·k̄}·e^{c'}·(v̄ + qᵀC)``, where ``C = 1/n·Σⱼ (kⱼ - k̄)·vⱼᵀ``.
+``Σⱼ e^{q·kⱼ}·vⱼ ≈ n·e^{q·k̄}·e^{c'}·(v̄ + qᵀH/n)``, where ``H = Σⱼ (kⱼ - k̄)·vⱼᵀ``.
 
 Both are exact to the order in which they are cut, and for keys and values that are jointly normal
 to all orders. Σ is taken as s·Σ̄ with one matrix Σ̄, the mean over the blocks of a head, and one
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .products import multiply
 from .tiles import SLOTS, Tiles
+from .workspace import Workspace
 
 _SAMPLE = 5
 """Every fifth slot serves to estimate covariances: 13 of a tile, no two columns alike."""
@@ -34,7 +36,7 @@ class Pooled:
         log_count: ``[M]``, log n; -inf where a block has no live slot.
         spread: ``[G, D, D]``, Σ̄; None without a correction of the mass.
         share: ``[G, M]``, s of each block; None likewise.
-        cross: ``[G, T, D, Dv]``, C of each tile, about its blocks' means; None where not needed.
+        cross: ``[G, T, D, Dv]``, H of each tile, about its blocks' means; None where not needed.
         blocks: blocks of a tile.
     """
 
@@ -53,6 +55,7 @@ def pool(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    space: Workspace,
     *,
     block: int,
     spread: bool,
@@ -65,9 +68,10 @@ def pool(
         query: ``[G, T, 64, D]``, the scale already in it.
         key: ``[G, T, 64, D]``.
         value: ``[G, T, 64, Dv]``.
+        space: holds ``cross``.
         block: slots of a block, 64 or 16.
         spread: whether to estimate Σ̄ and s.
-        cross: whether to compute C.
+        cross: whether to compute H.
     """
     heads, count, _, width = key.shape
     blocks = SLOTS // block
@@ -85,15 +89,20 @@ def pool(
     key_mean = mean(key)
     share = matrix = products = None
     if spread or cross:
-        offsets = key.view(heads, count * blocks, block, width) - key_mean.unsqueeze(2)
+        offsets = space.take("offsets", (heads, count * blocks, block, width))
+        torch.sub(key.view(offsets.shape), key_mean.unsqueeze(2), out=offsets)
         offsets = offsets.view(heads, count, SLOTS, width)
         if not tiles.full:
-            offsets = offsets * live
+            offsets.mul_(live)
         if spread:
             matrix, share = _spread(offsets, live, block)
         if cross:
-            offsets = offsets / tiles.live.view(count, 1, 1).to(key.dtype)
-            products = torch.matmul(offsets.transpose(-2, -1), value)
+            products = space.take("cross", (heads, count, width, value.shape[-1]))
+            torch.bmm(
+                offsets.flatten(0, 1).transpose(-2, -1),
+                value.flatten(0, 1),
+                out=products.flatten(0, 1),
+            )
     queries = query.mean(dim=2)
     if not tiles.full:
         queries = (query * live).sum(dim=2) / live.sum(dim=1)
@@ -121,8 +130,8 @@ def _spread(
         by_block, alive = by_block[:, :, ::_SAMPLE], alive[:, ::_SAMPLE]
     some = by_block.reshape(heads, -1, width)
     held = alive.sum()
-    matrix = torch.matmul(some.transpose(-2, -1), some) / held
-    quadratic = (torch.matmul(some, matrix) * some).sum(dim=-1).view(heads, count * blocks, -1)
+    matrix = multiply(some.transpose(-2, -1), some) / held
+    quadratic = (multiply(some, matrix) * some).sum(dim=-1).view(heads, count * blocks, -1)
     own = quadratic.sum(dim=-1) / alive.sum(dim=-1).clamp_min(1.0)
     norm = matrix.square().sum(dim=(-2, -1)).unsqueeze(-1)
     # Tiles of one token, or of equal keys, have no spread at all.

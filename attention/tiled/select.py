@@ -13,9 +13,7 @@ def excluded_windows(tiles: Tiles, radius: int, dtype: torch.dtype) -> torch.Ten
     device = tiles.live.device
     excluded = torch.zeros(tiles.count, tiles.count, dtype=dtype, device=device)
     for grid in tiles.grids:
-        excluded[grid.first : grid.last].scatter_(
-            1, windows(grid, radius, device), float("-inf")
-        )
+        excluded[grid.first : grid.last].scatter_(1, windows(grid, radius, device), float("-inf"))
     return excluded
 
 
@@ -24,12 +22,12 @@ def pick(
 ) -> torch.Tensor:
     """The tiles that would be missed most if they were approximated.
 
-    A tile's score is the log of its mass as the tile's mean query sees it, plus log‖H‖, with H
-    the tile's first-order term n·C: how much there is to get wrong.
+    A tile's score is the log of its mass as the tile's mean query sees it, plus log‖H‖:
+    how much there is to get wrong.
 
     Args:
         logits: of `far.tile_logits`, ``[G, T, M]``.
-        pooled: with C.
+        pooled: with H.
         tiles: T of them.
         excluded: of `excluded_windows`.
         count: how many to pick; each tile has as many left.

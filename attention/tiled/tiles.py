@@ -62,6 +62,53 @@ class Tiles:
         return self.grids[-1].last if self.grids else 0
 
 
+def into_tiles(tiles: Tiles, image: torch.Tensor, out: torch.Tensor, factor: float = 1.0) -> None:
+    """Put image tokens into the slots of their tiles.
+
+    Args:
+        tiles: of the grids.
+        image: ``[G, image tokens, W]``; any strides, any floating dtype.
+        out: ``[G, T, 64, W]``, filled with the tokens times the factor.
+        factor: on every value.
+    """
+    if not tiles.full:
+        torch.mul(image.index_select(1, tiles.order).view(out.shape), factor, out=out)
+        return
+    for target, source in zip(_quarters(tiles, out), _places(tiles, image), strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def from_tiles(tiles: Tiles, slots: torch.Tensor, image: torch.Tensor) -> None:
+    """The way back: fill ``image`` ``[G, image tokens, W]`` from ``slots`` ``[G, T, 64, W]``."""
+    if not tiles.full:
+        image.copy_(slots.flatten(1, 2).index_select(1, tiles.slots))
+        return
+    for source, target in zip(_quarters(tiles, slots), _places(tiles, image), strict=True):
+        target.copy_(source)
+
+
+def _quarters(tiles: Tiles, slots: torch.Tensor) -> list[torch.Tensor]:
+    """Each grid's slots, ``[G, rows, columns, 2, 2, 4, 4, W]``: quarters and places in them."""
+    half = SIDE // 2
+    return [
+        slots[:, grid.first : grid.last]
+        .unflatten(1, (grid.rows, grid.columns))
+        .unflatten(3, (2, 2, half, half))
+        for grid in tiles.grids
+    ]
+
+
+def _places(tiles: Tiles, image: torch.Tensor) -> list[torch.Tensor]:
+    """The same of tokens in raster order, as views."""
+    half = SIDE // 2
+    return [
+        image[:, grid.first * SLOTS : grid.last * SLOTS]
+        .unflatten(1, (grid.rows, 2, half, grid.columns, 2, half))
+        .permute(0, 1, 4, 2, 5, 3, 6, 7)
+        for grid in tiles.grids
+    ]
+
+
 def tile_count(layout: TokenLayout) -> int:
     """How many tiles a layout has."""
     return sum(-(-rows // SIDE) * -(-columns // SIDE) for rows, columns in layout.grids)
