@@ -146,13 +146,28 @@ def head_groups(
     """Row of the batch and heads that are computed at a time."""
     batch, heads, _, width = query.shape
     size = accumulation_dtype(query.dtype).itemsize
-    value_width = value.shape[3]
-    per_head = size * tiles * (SLOTS * 3 * (width + value_width) + width * value_width)
-    most = max(1, sizes(query.device).heads // max(1, per_head))
-    step = math.ceil(heads / math.ceil(heads / most))
+    step = heads_at_a_time(heads, width, value.shape[3], size, tiles, query.device)
     for row in range(batch):
         for first in range(0, heads, step):
             yield row, slice(first, min(first + step, heads))
+
+
+def heads_at_a_time(
+    heads: int, width: int, value_width: int, size: int, tiles: int, device: torch.device
+) -> int:
+    """How many of ``heads`` heads the bounds of a device allow, at least one.
+
+    Args:
+        heads: of a picture.
+        width: D.
+        value_width: Dv.
+        size: bytes of a number.
+        tiles: T.
+        device: where.
+    """
+    per_head = size * tiles * (SLOTS * 3 * (width + value_width) + 2 * width * value_width)
+    most = max(1, sizes(device).heads // max(1, per_head))
+    return math.ceil(heads / math.ceil(heads / most))
 
 
 def _attend_heads(
@@ -196,7 +211,7 @@ def _log_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """logsumexp of the logits of ``[G, n, D]`` and ``[G, N, D]``: ``[G, n]``, by blocks."""
     parts = [
         torch.matmul(rows, key.transpose(-2, -1)).logsumexp(dim=-1)
-        for rows in query.split(128, dim=1)
+        for rows in torch.split(query, 128, dim=1)
     ]
     return torch.cat(parts, dim=1)
 
@@ -209,13 +224,15 @@ class _Field:
         pooled: None where every tile is exact.
         picks: ``[G, T, K]`` int64; None for none.
         bias: of the pseudo-keys, ``[G or 1, T, M]``: log n, or -inf where the tile is exact.
-        weights: of the first-order terms, ``[G, T, T]``; None without.
+        weights: of the first-order terms, ``[G, T / shared, T]``; None without.
+        shared: query tiles that share such a term.
     """
 
     pooled: Pooled | None
     picks: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    shared: int = 1
 
     @classmethod
     def build(
@@ -244,11 +261,12 @@ class _Field:
         if picked:
             picks = select.pick(logits, pooled, tiles, excluded, picked)
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
-        weights = None
+        weights, shared = None, 1
         if options.first_order:
-            weights = far.tile_weights(logits, damping, excluded, tiles.live)
+            own = far.tile_weights(logits, damping, excluded, tiles.live)
+            weights, shared = far.shared(own, tiles)
         bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + pooled.log_count
-        return cls(pooled, picks, bias, weights)
+        return cls(pooled, picks, bias, weights, shared)
 
 
 class _Loop:
@@ -294,15 +312,30 @@ class _Loop:
         work = self._space.take("logits", (2, rows * columns))
         held = self._query.element_size() * heads * width * out.shape[-1]
         for together in _together(all_runs, max(1, bounds.cross // held)):
-            first, last = together[0].first, together[-1].last
-            terms = None
-            if self._field.weights is not None and self._field.pooled is not None:
-                terms = far.first_order(
-                    self._field.weights[:, first:last], self._field.pooled, self._space
-                )
+            begin = together[0].first // self._field.shared
+            terms = self._terms(begin, together[-1].last)
             for run in together:
-                own = terms[:, run.first - first : run.last - first] if terms is not None else None
-                self._attend(run, work, own, out, mass)
+                self._attend(run, work, terms, begin, out, mass)
+
+    def _terms(self, begin: int, last: int) -> torch.Tensor | None:
+        """First-order terms ``[G, t, D, Dv]`` from the one numbered ``begin`` to tile ``last``."""
+        field = self._field
+        if field.weights is None or field.pooled is None:
+            return None
+        end = -(-last // field.shared)
+        return far.first_order(field.weights[:, begin:end], field.pooled, self._space)
+
+    def _linear(
+        self, run: near.Run, query: torch.Tensor, terms: torch.Tensor, begin: int
+    ) -> torch.Tensor:
+        """What the first-order terms make of a run's queries, ``[G, t·64, Dv]``."""
+        shared = self._field.shared
+        first, last = run.first // shared, -(-run.last // shared)
+        own = terms[:, first - begin : last - begin]
+        if shared > 1:
+            own = own.repeat_interleave(shared, dim=1)
+            own = own[:, run.first - first * shared :][:, : run.count]
+        return torch.matmul(query, own).flatten(1, 2)
 
     def _columns(self, tile: int) -> int:
         """Keys and pseudo-keys of a query in the grid of a tile."""
@@ -334,6 +367,7 @@ class _Loop:
         run: near.Run,
         work: torch.Tensor,
         terms: torch.Tensor | None,
+        begin: int,
         out: torch.Tensor,
         mass: torch.Tensor | None,
     ) -> None:
@@ -362,8 +396,7 @@ class _Loop:
             place = _add_near(attended, weights, batch_list, place)
         if terms is not None:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
-            linear = torch.matmul(query, terms).view(heads, count * SLOTS, -1)
-            attended.addcmul_(linear, share)
+            attended.addcmul_(self._linear(run, query, terms, begin), share)
         out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
 
     def _correct(self, run: near.Run, flat: torch.Tensor, logits: torch.Tensor) -> None:

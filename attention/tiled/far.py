@@ -8,7 +8,7 @@ import torch
 
 from .pool import Pooled
 from .products import multiply
-from .tiles import SLOTS
+from .tiles import SLOTS, Tiles
 from .workspace import Workspace
 
 BEND = 0.1
@@ -85,6 +85,22 @@ def tile_weights(
     if damping is not None:
         weights = weights * damping
     return weights.view(heads, count, count, blocks).sum(dim=-1) / live
+
+
+def shared(weights: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, int]:
+    """Weights that neighbouring query tiles of a row share, to halve the products.
+
+    Args:
+        weights: of `tile_weights`, ``[G, T, T]``.
+        tiles: T of them.
+
+    Returns:
+        ``[G, T / n, T]`` and n, which is 2, or 1 where a row has an odd number of tiles.
+    """
+    if any(grid.columns % 2 for grid in tiles.grids):
+        return weights, 1
+    heads, count, _ = weights.shape
+    return weights.view(heads, count // 2, 2, count).mean(dim=2), 2
 
 
 def first_order(weights: torch.Tensor, pooled: Pooled, space: Workspace) -> torch.Tensor:

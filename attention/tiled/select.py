@@ -42,4 +42,5 @@ def pick(
     # A tile of one token has no first-order term, and no error either.
     norm = norm.log().clamp_min(-SLOTS)
     score = score + norm.unsqueeze(1) + excluded
-    return score.topk(count, dim=-1, sorted=False).indices
+    picked: torch.Tensor = score.topk(count, dim=-1, sorted=False).indices
+    return picked
