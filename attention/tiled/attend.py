@@ -223,7 +223,7 @@ class _Field:
     Attributes:
         pooled: None where every tile is exact.
         picks: ``[G, T, K]`` int64; None for none.
-        bias: of the pseudo-keys, ``[G or 1, T, M]``: log n, or -inf where the tile is exact.
+        bias: of the pseudo-keys, ``[G or 1, T, M]``: log n + c', or -inf where the tile is exact.
         weights: of the first-order terms, ``[G, T / shared, T]``; None without.
         shared: query tiles that share such a term.
     """
@@ -255,7 +255,9 @@ class _Field:
             spread=options.correction,
             cross=options.first_order or picked > 0,
         )  # fmt: skip
-        logits, damping = far.tile_logits(pooled)
+        corrected = far.correction(pooled)
+        mass = pooled.log_count if corrected is None else pooled.log_count + corrected[0]
+        logits = multiply(pooled.query, pooled.key.transpose(-2, -1)) + mass
         excluded = select.excluded_windows(tiles, options.radius, query.dtype).unsqueeze(0)
         picks = None
         if picked:
@@ -263,9 +265,11 @@ class _Field:
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
         weights, shared = None, 1
         if options.first_order:
-            own = far.tile_weights(logits, damping, excluded, tiles.live)
+            own = far.tile_weights(
+                logits, None if corrected is None else corrected[1], excluded, tiles.live
+            )
             weights, shared = far.shared(own, tiles)
-        bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + pooled.log_count
+        bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + mass
         return cls(pooled, picks, bias, weights, shared)
 
 
@@ -379,7 +383,9 @@ class _Loop:
         flat = query.reshape(heads, count * SLOTS, width)
         by_head = logits.view(heads, count * SLOTS, columns)
         multiply(flat, self._common_key.transpose(-2, -1), out=by_head[:, :, :common])
-        self._correct(run, flat, logits)
+        if self._field.bias is not None:
+            bias = self._field.bias[:, run.first : run.last].unsqueeze(2)
+            logits[..., self._text : common] += bias
         batches = self._batches(run)
         place = common
         for batch_list in batches:
@@ -398,15 +404,6 @@ class _Loop:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
             attended.addcmul_(self._linear(run, query, terms, begin), share)
         out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
-
-    def _correct(self, run: near.Run, flat: torch.Tensor, logits: torch.Tensor) -> None:
-        """Make pseudo-keys' logits of their products with the queries, in place."""
-        field = self._field
-        if field.pooled is None or field.bias is None:
-            return
-        target = logits[..., self._text : self._common_key.shape[1]]
-        far.add_correction(target.flatten(1, 2), far.variance(flat, field.pooled), field.pooled)
-        target += field.bias[:, run.first : run.last].unsqueeze(2)
 
     def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
         assert self._dead is not None

@@ -26,7 +26,7 @@ def pick(
     how much there is to get wrong.
 
     Args:
-        logits: of `far.tile_logits`, ``[G, T, M]``.
+        logits: of each tile's mean query with each block, its mass in it, ``[G, T, M]``.
         pooled: with H.
         tiles: T of them.
         excluded: of `excluded_windows`.

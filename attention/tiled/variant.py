@@ -130,9 +130,7 @@ class TiledVariant(Variant):
             pairs += grid[0] * grid[1] * (exact + pseudo)
         image = layout.image_tokens
         products = 4.0 * pairs * width
-        if options.correction:
-            products += 2.0 * image * width**2
         if options.first_order:
             # H of each tile, their sums for each tile, and each query with its tile's sum.
-            products += (4.0 * image + 2.0 * tiles**2) * width**2
+            products += (4.0 * image + tiles**2) * width**2
         return batch * heads * products
