@@ -336,7 +336,10 @@ class _Loop:
         shared = self._field.shared
         first, last = run.first // shared, -(-run.last // shared)
         own = terms[:, first - begin : last - begin]
-        if shared > 1:
+        if run.first % shared == 0 and run.last % shared == 0:
+            # Tiles that share a term are one matrix.
+            query = query.reshape(query.shape[0], last - first, -1, query.shape[-1])
+        else:
             own = own.repeat_interleave(shared, dim=1)
             own = own[:, run.first - first * shared :][:, : run.count]
         return torch.matmul(query, own).flatten(1, 2)
@@ -396,14 +399,14 @@ class _Loop:
         if mass is not None:
             mass[:, run.first : run.last] = logits.logsumexp(dim=-1)
         by_head = weights.view(heads, count * SLOTS, columns)
-        attended = multiply(by_head[:, :, :common], self._common_value)
+        attended = out[:, run.first : run.last].flatten(1, 2)
+        multiply(by_head[:, :, :common], self._common_value, out=attended)
         place = common
         for batch_list in batches:
             place = _add_near(attended, weights, batch_list, place)
         if terms is not None:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
             attended.addcmul_(self._linear(run, query, terms, begin), share)
-        out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
 
     def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
         assert self._dead is not None
