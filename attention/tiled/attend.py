@@ -399,7 +399,9 @@ class _Loop:
         if mass is not None:
             mass[:, run.first : run.last] = logits.logsumexp(dim=-1)
         by_head = weights.view(heads, count * SLOTS, columns)
-        attended = out[:, run.first : run.last].flatten(1, 2)
+        target = out[:, run.first : run.last]
+        # Of several heads, a run's rows aren't one piece of memory.
+        attended = (target if heads == 1 else target.new_empty(target.shape)).flatten(1, 2)
         multiply(by_head[:, :, :common], self._common_value, out=attended)
         place = common
         for batch_list in batches:
@@ -407,6 +409,8 @@ class _Loop:
         if terms is not None:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
             attended.addcmul_(self._linear(run, query, terms, begin), share)
+        if heads > 1:
+            target.copy_(attended.view(target.shape))
 
     def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
         assert self._dead is not None
