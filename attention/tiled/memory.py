@@ -7,7 +7,7 @@ import torch
 from ..taylor.kernel import accumulation_dtype
 from ..token_layout import TokenLayout
 from .attend import Options, heads_at_a_time, picked_tiles, sizes, window_tiles
-from .tiles import SLOTS, tile_count
+from .tiles import SIDE, SLOTS, tile_count
 
 
 def working_bytes(
@@ -56,9 +56,12 @@ def working_bytes(
     between = 5 * tiles * tiles * blocks + 2 * tiles * blocks * (head_dim + value_dim)
     row = SLOTS * columns
     run = min(tiles, max(1, bounds.logits // (size * group * row)))
-    # Logits and weights, and the corrections and near products on the way to them.
-    loop = run * (4 * row + SLOTS * (head_dim + 3 * value_dim))
-    if device.type != "cpu" or group > 1 or options.top_k:
+    slides = device.type == "cpu" and group == 1
+    if slides:
+        run = min(run, max((-(-columns // SIDE) for _, columns in layout.grids), default=0))
+    # Logits and weights, and the near products on the way to them.
+    loop = run * (3 * row + SLOTS * (head_dim + 3 * value_dim))
+    if not slides or options.top_k:
         loop += run * exact * SLOTS * (head_dim + value_dim)
     working = group * size * (by_tile + gathered + text + cross + terms + between + loop)
     return working + batch * heads * layout.tokens * value_dim * dtype.itemsize
