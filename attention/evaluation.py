@@ -15,6 +15,7 @@ from .reasons import DESCRIPTIONS
 from .registry import VARIANTS
 from .settings import VariantSettings
 from .structured import logit_std
+from .token_layout import TokenLayout
 from .variant import Call, LayerId, Result, RunInfo, exact_flops
 
 FLOAT64_TOKENS = 4608
@@ -35,6 +36,7 @@ class Case:
         value: ``[B, H, Nk, D]``.
         scale: factor on q·k.
         mask: see ``masks``; None for none.
+        layout: of the tokens; None where it isn't known.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Case:
     value: torch.Tensor
     scale: float
     mask: torch.Tensor | None = None
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _measure(
             scale=case.scale,
             mask=case.mask,
             log_mass_rows=log_mass_rows,
+            layout=case.layout,
         )
 
     gate = variant.gate(case.query, case.key, call())
@@ -205,7 +209,7 @@ def _measure(
         detail = result.detail or DESCRIPTIONS[result.fallback.value]
         return outcome(f"{result.fallback.value}: {detail}")
     errors = _errors(result, case, exact)
-    flops = variant.flops(case.query.shape, case.key.shape, configuration.settings)
+    flops = variant.flops(case.query.shape, case.key.shape, configuration.settings, case.layout)
     times: tuple[float | None, float | None, float | None] = (None, None, None)
     if pairs > 0:
 

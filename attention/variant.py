@@ -11,6 +11,7 @@ import torch
 
 from .reasons import Fallback, Gate
 from .settings import VariantSettings
+from .token_layout import TokenLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Call:
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
         log_mass_rows: ``[S]`` int64 on the query's device, the queries whose ``log_mass`` the
             result shall hold; None for none, which costs nothing.
+        layout: where the tokens stand, text first; None where it isn't certain or query and key
+            are of different tokens.
     """
 
     settings: VariantSettings
@@ -65,6 +68,7 @@ class Call:
     scale: float
     mask: torch.Tensor | None = None
     log_mass_rows: torch.Tensor | None = None
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,11 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def flops(
-        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+        cls,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        settings: VariantSettings,
+        layout: TokenLayout | None = None,
     ) -> float:
         """Floating-point operations of a call, a multiply-add counted as two.
 
@@ -177,9 +185,10 @@ class Variant(ABC):
             query_shape: ``(B, H, Nq, D)``.
             key_shape: ``(B, H, Nk, D)``; the value is taken to have the same.
             settings: of the variant's own model.
+            layout: of the tokens; None where it isn't known.
 
         Raises:
-            ValueError: the settings don't fit the shapes.
+            ValueError: the settings don't fit the shapes, or the cost depends on a layout.
         """
 
 

@@ -12,15 +12,15 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..attention.captured import SUFFIX, CapturedCall, CaptureInfo, write_call
 from ..attention.selection import Layers, Steps
 from ..attention.settings import MonitorSettings, VariantSettings
+from ..attention.token_layout import TokenLayout
 from ..attention.variant import LayerId
 from .layouts import AttentionCall
 
@@ -47,7 +47,6 @@ def capture_for(
     run_id: str,
     *,
     model: Callable[[], str],
-    patch_size: int | None,
 ) -> Capture | None:
     """The capture that a run's settings ask for; None where they ask for none.
 
@@ -55,7 +54,6 @@ def capture_for(
         settings: of the run.
         run_id: names the folder.
         model: tells the model's name; called from another thread.
-        patch_size: latent pixels on a token's side; None where the model doesn't say.
     """
     if not isinstance(settings, MonitorSettings):
         return None
@@ -70,7 +68,6 @@ def capture_for(
         steps=Steps.parse(settings.capture_steps),
         max_bytes=settings.capture_max_mb * 10**6,
         model=model,
-        patch_size=patch_size,
     )
 
 
@@ -86,7 +83,6 @@ class Capture:
         steps: Steps,
         max_bytes: int,
         model: Callable[[], str],
-        patch_size: int | None = None,
     ) -> None:
         """
         Args:
@@ -96,7 +92,6 @@ class Capture:
             steps: at which they are taken.
             max_bytes: of tensors in all.
             model: tells the model's name; called on the writing thread.
-            patch_size: latent pixels on a token's side; None where unknown.
         """
         self.folder = folder
         self._run_id = run_id
@@ -104,9 +99,6 @@ class Capture:
         self._steps = steps
         self._left = max_bytes
         self._model = model
-        self._patch_size = patch_size
-        self._latent: tuple[int, int] | None = None
-        self._context: int | None = None
         self._counts: dict[tuple[int, str], int] = {}
         self._queue: queue.SimpleQueue[tuple[CapturedCall, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -118,28 +110,25 @@ class Capture:
         self._failed = False
         self._thread: threading.Thread | None = None
 
-    def model_called(self, latent: Any, context: Any) -> None:
-        """The model is called: from its inputs follows which tokens are text.
+    def take(
+        self, call: AttentionCall, layer: LayerId | None, sigma: float | None, step: int, *,
+        layout: TokenLayout | None = None, text_tokens: int | None = None,
+    ) -> None:  # fmt: skip
+        """Take a call, if it is one of those that were chosen. Never raises.
 
         Args:
-            latent: ``[B, C, ..., H, W]``.
-            context: text, ``[B, tokens, channels]``, or None.
+            call: with its tensors.
+            layer: that calls.
+            sigma: of the step.
+            step: index into the schedule.
+            layout: of its tokens; None where it isn't certain.
+            text_tokens: where they alone are known.
         """
-        shape: tuple[int, ...] = tuple(getattr(latent, "shape", ()))
-        self._latent = (int(shape[-2]), int(shape[-1])) if len(shape) >= 4 else None
-        shape = tuple(getattr(context, "shape", ()))
-        self._context = int(shape[1]) if len(shape) == 3 else None
-
-    def take(
-        self, call: AttentionCall, layer: LayerId | None, sigma: float | None, step: int,
-        options: Any = None,
-    ) -> None:  # fmt: skip
-        """Take a call, if it is one of those that were chosen. Never raises."""
         try:
             block = UNKNOWN if layer is None else layer
             chosen = self._layers.has(block.block_type, block.block_index)
             if not self._off and chosen and self._steps.has(step):
-                self._take(call, str(block), sigma, step, options)
+                self._take(call, str(block), sigma, step, layout, text_tokens)
         except Exception:
             self._fail()
 
@@ -156,8 +145,9 @@ class Capture:
         return self._thread is None or not self._thread.is_alive()
 
     def _take(
-        self, call: AttentionCall, layer: str, sigma: float | None, step: int, options: Any
-    ) -> None:
+        self, call: AttentionCall, layer: str, sigma: float | None, step: int,
+        layout: TokenLayout | None, text_tokens: int | None,
+    ) -> None:  # fmt: skip
         number = self._counts.get((step, layer), 0)
         self._counts[step, layer] = number + 1
         mask = None if call.mask is None else _unexpanded(call.mask)
@@ -176,7 +166,11 @@ class Capture:
                 return
             self._waiting += size
         self._left -= size
-        text, rows, columns = self._layout(call, options)
+        rows, columns = None, None
+        if layout is not None:
+            text_tokens = layout.text_tokens
+            if len(layout.grids) == 1:
+                rows, columns = layout.grids[0]
         info = CaptureInfo(
             run_id=self._run_id,
             model="",
@@ -187,7 +181,7 @@ class Capture:
             scale=call.scale,
             mask=mask is not None,
             dtype=str(call.query.dtype).removeprefix("torch."),
-            text_tokens=text,
+            text_tokens=text_tokens,
             rows=rows,
             columns=columns,
         )
@@ -203,28 +197,6 @@ class Capture:
             self._thread = threading.Thread(target=self._write, name="attnscope-capture")
             self._thread.start()
         self._queue.put((captured, size))
-
-    def _layout(self, call: AttentionCall, options: Any) -> tuple[int | None, ...]:
-        """Text tokens, rows and columns of the image, as far as they are certain."""
-        tokens = call.query.shape[2]
-        nothing = (None, None, None)
-        if tokens != call.key.shape[2]:
-            return nothing
-        grid: tuple[int, int] | None = None
-        if self._latent is not None and self._patch_size:
-            grid = (
-                -(-self._latent[0] // self._patch_size),
-                -(-self._latent[1] // self._patch_size),
-            )
-        said = options.get("img_slice") if isinstance(options, Mapping) else None
-        if isinstance(said, (list, tuple)) and len(said) == 2 and said[1] == tokens:
-            text = int(said[0])
-            return (text, *(grid if grid and grid[0] * grid[1] == tokens - text else (None, None)))
-        if grid is not None and self._context is not None:
-            # A model that keeps its text elsewhere has other numbers of tokens.
-            fits = self._context + grid[0] * grid[1] == tokens
-            return (self._context, *grid) if fits else nothing
-        return nothing
 
     def _write(self) -> None:
         model = None

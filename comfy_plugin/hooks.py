@@ -25,6 +25,7 @@ from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
 from ..attention.samples import sample_call
 from ..attention.settings import VariantSettings
+from ..attention.token_layout import TokenLayout
 from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
@@ -38,6 +39,7 @@ from .recorder import UNKNOWN_LAYER, CallRecord
 from .report import RunReport
 from .run import Run
 from .steps import StepTracker
+from .token_layout import LayoutReader
 
 log = logging.getLogger("attnscope")
 
@@ -150,13 +152,13 @@ class _Sampling:
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
             report=_report(plan, len(sigmas) - 1),
+            layouts=LayoutReader(_patch_size(guider.model_patcher)),
         )
         with _guarded("capture"):
             self.run.capture = capture_for(
                 settings,
                 self.run.run_id,
                 model=lambda: model().name,
-                patch_size=_patch_size(guider.model_patcher),
             )
         self._previews: Previews | None = None
         if self._channel is not None:
@@ -320,9 +322,9 @@ class _ModelCall:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             self._run.model_called()
-            if self._run.capture is not None:
-                context = args[3] if len(args) > 3 else kwargs.get("c_crossattn")
-                self._run.capture.model_called(args[0] if args else kwargs.get("x"), context)
+            context = args[3] if len(args) > 3 else kwargs.get("c_crossattn")
+            latent = args[0] if args else kwargs.get("x")
+            self._run.layouts.model_called(latent, context, kwargs.get("ref_latents"))
         except Exception:
             log.exception("AttnScope: a model call was left out")
         return executor(*args, **kwargs)
@@ -331,10 +333,11 @@ class _ModelCall:
 class _Attempt:
     """What our side of a call came to."""
 
-    __slots__ = ("call", "detail", "kind", "out", "reason", "result", "stats")
+    __slots__ = ("call", "detail", "kind", "layout", "out", "reason", "result", "stats")
 
     def __init__(self) -> None:
         self.call: AttentionCall | None = None
+        self.layout: TokenLayout | None = None
         self.out: torch.Tensor | None = None
         self.result: Result | None = None
         self.kind = ""
@@ -386,7 +389,11 @@ class AttentionHook:
                 self._complain("a call was not recorded")
         if run.capture is not None and attempt.call is not None:
             options = kwargs.get("transformer_options")
-            run.capture.take(attempt.call, _layer(options), run.sigma, run.step, options)
+            run.capture.take(
+                attempt.call, _layer(options), run.sigma, run.step,
+                layout=attempt.layout,
+                text_tokens=run.layouts.text_tokens(attempt.call.query.shape[2], options),
+            )  # fmt: skip
         return returned
 
     def _exact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -399,14 +406,17 @@ class AttentionHook:
         run = self._run
         try:
             attempt.call = call = read_call(args, kwargs)
+            options = kwargs.get("transformer_options")
+            attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
             about = Call(
                 settings=run.settings,
-                layer=_layer(kwargs.get("transformer_options")),
+                layer=_layer(options),
                 sigma=run.sigma,
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
                 log_mass_rows=_sampled_rows(run, call.query),
+                layout=attempt.layout,
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:

@@ -30,6 +30,7 @@ from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
 from .report import RunReport
 from .steps import StepTracker
+from .token_layout import LayoutReader
 
 log = logging.getLogger("attnscope")
 
@@ -60,6 +61,7 @@ class Run:
         settings: in force for the current step.
         revision: number of the settings' revision; 0 for those that the run began with.
         capture: writes chosen calls; None where no call is chosen.
+        layouts: tells where the tokens of a call stand.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Run:
         put: Callable[[Draft], None] | None,
         interrupt: Callable[[Run], None],
         report: RunReport | None = None,
+        layouts: LayoutReader | None = None,
     ) -> None:
         """
         Args:
@@ -84,12 +87,14 @@ class Run:
             put: takes drafts; None records nothing.
             interrupt: stops what ComfyUI samples, if that is this run.
             report: is told of every step and of the end, as they are built; None tells nobody.
+            layouts: reads where tokens stand; None knows no layout.
         """
         self.run_id = uuid.uuid4().hex
         self.variant = variant
         self.settings = settings
         self.revision = 0
         self.capture: Capture | None = None
+        self.layouts = LayoutReader(None) if layouts is None else layouts
         self._tracker = tracker
         self._clock = clock
         self._order = [str(layer) for layer in info.layers]

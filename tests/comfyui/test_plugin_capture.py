@@ -150,7 +150,7 @@ def test_other_variants_capture_nothing() -> None:
     from attnscope.attention.settings import TaylorSettings
     from attnscope.comfy_plugin.capture import capture_for
 
-    assert capture_for(TaylorSettings(), "0" * 32, model=str, patch_size=2) is None
+    assert capture_for(TaylorSettings(), "0" * 32, model=str) is None
 
 
 def test_the_node_takes_the_text_and_refuses_what_it_can_not_read(comfyui: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from attnscope.attention import reservation
 from attnscope.attention.settings import TaylorSettings
 from attnscope.attention.sums_paths import SumsPath
-from attnscope.attention.taylor import kernel, reservation
+from attnscope.attention.taylor import kernel
 from attnscope.attention.taylor.attend import Options
 from attnscope.attention.taylor.dispatch import Choice
 from attnscope.attention.taylor.memory import Shape, working_bytes

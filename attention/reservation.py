@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from ..variant import Reserve
+from .variant import Reserve
 
 LEAST_BYTES = 64 * 2**20
 """A smaller need isn't worth the question: it fits where any model runs."""

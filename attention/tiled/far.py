@@ -1,0 +1,89 @@
+"""The far field: pseudo-keys that stand for whole blocks, and their first-order term."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .pool import Pooled
+from .products import multiply
+from .tiles import SLOTS, Tiles
+from .workspace import Workspace
+
+BEND = 0.1
+"""How c' = c / (1 + BEND·c) falls short of c: keys of a tile spread more evenly than normal ones,
+whose mass grows faster. Chosen on synthetic heads, as is `DAMPING`."""
+
+DAMPING = 0.5
+"""The first-order term of a block counts by 1 / (1 + DAMPING·c), for the same reason."""
+
+MOST = math.log(SLOTS)
+"""Bound of c': a correction beyond a tile's whole mass says that the estimate has failed."""
+
+
+def correction(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the spread of a block's keys does, as the queries of each tile see it on average.
+
+    That all queries of a tile share it costs little, and makes it part of a bias.
+
+    Returns:
+        c' and the damping of the first-order term, ``[G, T, M]`` each; None without a correction.
+    """
+    if pooled.own is None or pooled.share is None:
+        return None
+    raw = pooled.own.unsqueeze(-1) * pooled.share.unsqueeze(-2)
+    return (raw / (1.0 + BEND * raw)).clamp_(max=MOST), 1.0 / (1.0 + DAMPING * raw)
+
+
+def tile_weights(
+    logits: torch.Tensor, damping: torch.Tensor | None, excluded: torch.Tensor, live: torch.Tensor
+) -> torch.Tensor:
+    """Weights by which a query tile adds up the first-order terms of the far tiles.
+
+    Args:
+        logits: of each tile's mean query with each block, its mass in it, ``[G, T, M]``.
+        damping: of `correction`; None for none.
+        excluded: 0, or -inf where a tile is exact; broadcasts to ``[G, T, T]``.
+        live: ``[T]``, live slots of each tile.
+
+    Returns:
+        ``[G, T, T]``, already divided by the number of keys that H is a sum over.
+    """
+    heads, count, columns = logits.shape
+    blocks = columns // count
+    masked = logits.view(heads, count, count, blocks) + excluded.unsqueeze(-1)
+    weights = torch.nan_to_num(torch.softmax(masked.flatten(2), dim=-1), nan=0.0)
+    if damping is not None:
+        weights = weights * damping
+    return weights.view(heads, count, count, blocks).sum(dim=-1) / live
+
+
+def shared(weights: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, int]:
+    """Weights that neighbouring query tiles of a row share, to halve the products.
+
+    Args:
+        weights: of `tile_weights`, ``[G, T, T]``.
+        tiles: T of them.
+
+    Returns:
+        ``[G, T / n, T]`` and n, which is 2, or 1 where a row has an odd number of tiles.
+    """
+    if any(grid.columns % 2 for grid in tiles.grids):
+        return weights, 1
+    heads, count, _ = weights.shape
+    return weights.view(heads, count // 2, 2, count).mean(dim=2), 2
+
+
+def first_order(weights: torch.Tensor, pooled: Pooled, space: Workspace) -> torch.Tensor:
+    """Σ_b w_b·H_b of some query tiles: ``[G, t, D, Dv]`` for weights ``[G, t, T]``.
+
+    A query adds ``r·qᵀ`` times it to its output, r being the weight that its own softmax gives
+    the far field. That the weights within the far field are those of its tile's mean query is
+    what makes this a product of matrices.
+    """
+    assert pooled.cross is not None
+    heads, count, width, value_width = pooled.cross.shape
+    summed = space.take("terms", (heads, weights.shape[1], width * value_width))
+    multiply(weights, pooled.cross.view(heads, count, width * value_width), out=summed)
+    return summed.view(heads, weights.shape[1], width, value_width)
