@@ -20,6 +20,7 @@ class Gate(str, Enum):
     LAYER_UNKNOWN = "layer_unknown"
     BLOCK_TYPE = "block_type"
     CROSS_ATTENTION = "cross_attention"
+    WINDOW_FULL = "window_full"
 
 
 class Fallback(str, Enum):
@@ -33,6 +34,8 @@ class Fallback(str, Enum):
     HEAD_DIM = "head_dim"
     MASK = "mask"
     LAYOUT = "layout"
+    TEXT_UNKNOWN = "text_unknown"
+    PRE_ROPE = "pre_rope"
     UNKNOWN_ARGUMENT = "unknown_argument"
     OUT_OF_MEMORY = "out_of_memory"
     ERROR = "error"
@@ -46,7 +49,10 @@ DESCRIPTIONS: dict[str, str] = {
     Gate.LAYER_OUTSIDE_RANGE.value: "The block index lies outside the layer range.",
     Gate.LAYER_UNKNOWN.value: "A layer gate is set and the call does not say its block.",
     Gate.BLOCK_TYPE.value: "The block is not of the chosen type.",
-    Gate.CROSS_ATTENTION.value: "Query and key lengths differ and cross attention is off.",
+    Gate.CROSS_ATTENTION.value: (
+        "Query and key lengths differ, and cross attention is off or not what the variant does."
+    ),
+    Gate.WINDOW_FULL.value: "The local window holds all tokens, which is exact attention.",
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.DENOMINATOR_PROBE.value: (
         "Too many denominators of the early probe were not safely positive."
@@ -61,6 +67,12 @@ DESCRIPTIONS: dict[str, str] = {
     ),
     Fallback.MASK.value: "The variant can't apply this kind of mask.",
     Fallback.LAYOUT.value: "The tensors' shapes are not of a layout that the variant knows.",
+    Fallback.TEXT_UNKNOWN.value: (
+        "The model's inputs don't say which tokens are text, and prefix_tokens is -1."
+    ),
+    Fallback.PRE_ROPE.value: (
+        "Query and key before rotary embedding, which the variant needs, are not to be had."
+    ),
     Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",
     Fallback.OUT_OF_MEMORY.value: "There was not enough memory for the variant.",
     Fallback.ERROR.value: "The variant raised an error.",

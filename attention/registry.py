@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .exact import ExactVariant
+from .hybrid.variant import HybridVariant
 from .taylor.variant import TaylorVariant
 from .variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant for variant in (ExactVariant, TaylorVariant)
+    variant.name: variant for variant in (ExactVariant, TaylorVariant, HybridVariant)
 }

@@ -7,12 +7,14 @@ all generated from these models. The module imports neither torch nor ComfyUI.
 from __future__ import annotations
 
 from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
+from .hybrid import HybridSettings
 from .monitor import MonitorSettings
 from .taylor import TaylorSettings
 
 SETTINGS: dict[str, type[VariantSettings]] = {
     "exact": MonitorSettings,
     "taylor": TaylorSettings,
+    "hybrid": HybridSettings,
 }
 """Settings model of each variant, by the variant's name."""
 
@@ -35,6 +37,7 @@ __all__ = [
     "GROUP_TITLES",
     "SETTINGS",
     "Group",
+    "HybridSettings",
     "Measured",
     "MonitorSettings",
     "TaylorSettings",
