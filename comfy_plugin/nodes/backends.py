@@ -73,6 +73,28 @@ class TaylorNode(io.ComfyNode):
         return _apply(cls.VARIANT, model, values)
 
 
+class HybridNode(io.ComfyNode):
+    """Hybrid attention on a model, recorded and steered live."""
+
+    VARIANT: ClassVar[str] = "hybrid"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "AttnScopeHybrid",
+            "Hybrid Attention Backend",
+            cls.VARIANT,
+            "Runs Flux's attention exactly in a window and to the text, and approximates the rest "
+            "by a low-dimensional Taylor series of query and key before rotary embedding. Window "
+            "and weight can follow sigma. While the model runs, Flux's attention function is "
+            "patched; it is put back when the run ends.",
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
+        return _apply(cls.VARIANT, model, values)
+
+
 class MonitorNode(io.ComfyNode):
     """A model's own attention, watched."""
 
