@@ -40,6 +40,8 @@ export function useSettingsForm(
   )
   const problems = computed(() => ({ ...refused.value, ...read.value.problems }))
   const changed = computed(() => Object.keys(read.value.changed))
+  /** All settings as the form shows them; a field that cannot be read keeps its value. */
+  const wanted = computed<Settings>(() => ({ ...base.value, ...read.value.changed }))
   /** What somebody else changed since the draft was begun; null while nobody did. */
   const conflict = computed<{ revision: Revision; changes: Changes } | null>(() => {
     const now = newest.value
@@ -161,6 +163,7 @@ export function useSettingsForm(
     expected,
     later,
     changed,
+    wanted,
     problems,
     problem,
     busy,
