@@ -117,7 +117,7 @@ class HybridSettings(Measured):
         Group.MEMORY,
         "Queries of a block, which share one window. More run faster and see a little more.",
         unit="tokens",
-        ge=16,
+        ge=1,
         le=65_536,
         advanced=True,
     )
