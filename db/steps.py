@@ -109,7 +109,8 @@ def longest_key(session: Session, run: int) -> int | None:
     """Most key tokens of any attention call; None where no step has closed."""
     table = models.layer_steps
     query = select(func.max(table.c.tokens_k)).where(table.c.run == run)
-    return session.scalar(query)
+    longest: int | None = session.scalar(query)
+    return longest
 
 
 def find(session: Session, run: int, step: int) -> models.Step | None:

@@ -12,7 +12,7 @@ from ..taylor import kernel
 from ..taylor.features import feature_dim
 from .basis import Basis
 from .far import FarSums, Low, lower
-from .means import Means, means
+from .means import Means, Tokens, means
 from .near import attend_with_mass
 
 FindBasis = Callable[[torch.Tensor, torch.Tensor, Means, torch.dtype], Basis]
@@ -113,16 +113,27 @@ def hybrid_attention(
         out[:, :, text], mass[:, :, text] = attend_with_mass(query[:, :, text], key, value, scale)
     if form.weight > 0.0 and pre_rope is None:
         raise ValueError("pre_rope: is None; allowed: query and key, since the weight is above 0")
-    far = pre_rope if form.weight > 0.0 else None
-    if form.combine == "additive":
+    additive = form.combine == "additive"
+    if pre_rope is None or form.weight == 0.0:
         _local(query, key, value, scale, form, out, mass)
-        if far is None:
-            return Attended(out, None, None, None)
-        return _add_global(out, *far, value, form, find_basis)
-    if far is None:
+        return Attended(out, None if additive else mass, None, None)
+    # Far from the window is only the image; the second attention of the other form sees all.
+    some = slice(0 if additive else form.prefix, None)
+    before = [tensor[:, :, some] for tensor in pre_rope]
+    after = [tensor[:, :, some] for tensor in (query, key)]
+    tokens = Tokens(
+        query=before[0],
+        key=before[1],
+        turned_query=after[0],
+        turned_key=after[1],
+        value=value[:, :, some],
+        mean=means(before[0], before[1], sums_dtype, form.centre),
+        turned_mean=means(after[0], after[1], sums_dtype, form.centre),
+    )
+    if additive:
         _local(query, key, value, scale, form, out, mass)
-        return Attended(out, mass, None, None)
-    return _join(query, key, value, scale, *far, form, find_basis, out, mass)
+        return _add_global(out, tokens, form, find_basis)
+    return _join(query, key, value, scale, tokens, form, find_basis, out, mass)
 
 
 def _near(tensor: torch.Tensor, prefix: int, first: int, last: int) -> torch.Tensor:
@@ -168,8 +179,7 @@ def _join(
     key: torch.Tensor,
     value: torch.Tensor,
     scale: float,
-    pre_query: torch.Tensor,
-    pre_key: torch.Tensor,
+    tokens: Tokens,
     form: Form,
     find_basis: FindBasis,
     out: torch.Tensor,
@@ -177,12 +187,9 @@ def _join(
 ) -> Attended:
     """Near and far as one softmax: numerators and denominators of both, divided once."""
     prefix, dtype = form.prefix, mass.dtype
-    image = slice(prefix, None)
-    pre_query, pre_key = pre_query[:, :, image], pre_key[:, :, image]
-    lows = _lowered(pre_query, pre_key, value[:, :, image], form, find_basis, dtype)
     log_weight = torch.full((), form.weight, dtype=dtype, device=query.device).log()
     least, bad, count = [], [], 0
-    for batch, heads, low in lows:
+    for batch, heads, low in _lowered(tokens, form, find_basis, dtype):
         sums: FarSums | None = None
         for rows, first, last in windows(query.shape[2] - prefix, form):
             some = slice(prefix + rows.start, prefix + rows.stop)
@@ -214,46 +221,21 @@ def _join(
 
 
 def _lowered(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    form: Form,
-    find_basis: FindBasis,
-    dtype: torch.dtype,
+    tokens: Tokens, form: Form, find_basis: FindBasis, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Low]]:
     """Pictures and heads, some at a time, in few coordinates."""
-    mean = means(query, key, dtype, form.centre)
-    narrow = dtype if form.wide else query.dtype
-    basis = find_basis(query, key, mean, narrow)
-    for batch, heads in _groups(value, form, dtype.itemsize):
+    narrow = dtype if form.wide else tokens.query.dtype
+    basis = find_basis(tokens.query, tokens.key, tokens.mean, narrow)
+    for batch, heads in _groups(tokens.value, form, dtype.itemsize):
         some = Basis(basis.of_query[:, heads], basis.of_key[:, heads], basis.fitted)
-        yield (
-            batch,
-            heads,
-            lower(
-                query[batch, heads],
-                key[batch, heads],
-                value[batch, heads],
-                form.scale,
-                mean.of(batch, heads),
-                some,
-                narrow,
-            ),
-        )
+        yield batch, heads, lower(tokens.of(batch, heads), form.scale, some, narrow)
 
 
-def _add_global(
-    out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    form: Form,
-    find_basis: FindBasis,
-) -> Attended:
+def _add_global(out: torch.Tensor, tokens: Tokens, form: Form, find_basis: FindBasis) -> Attended:
     """Add a second attention, over all tokens and divided by itself, to the local one."""
-    dtype = kernel.accumulation_dtype(query.dtype)
+    dtype = kernel.accumulation_dtype(out.dtype)
     least, bad, count = [], [], 0
-    for batch, heads, low in _lowered(query, key, value, form, find_basis, dtype):
+    for batch, heads, low in _lowered(tokens, form, find_basis, dtype):
         weights = low.values[..., -1]
         # The values carry their weights already; the kernel is to weigh the monomials alone.
         both, _ = kernel.sums(low.query, low.key, low.values, form.terms)

@@ -1,12 +1,15 @@
 """What is not attended to exactly: sums of a Taylor series over the keys outside the window.
 
-With q̄ and k̄ the means over the image's tokens,
+Of q·k after rotary embedding R, the parts that belong to the mean query q̄ᴿ and the mean key k̄ᴿ
+after it are kept exactly, in all coordinates, and only the rest is taken from before it:
 
-``q·k = (q - q̄)·(k - k̄) + q̄·(k - k̄) + q·k̄``.
+``Rq·Rk ≈ (q - q̄)·(k - k̄) + q̄ᴿ·(Rk - k̄ᴿ) + Rq·k̄ᴿ``.
 
-The second part is a weight of the key, the third a factor of the query, both exact in all
-coordinates. The first is projected to r coordinates and expanded:
-``Σⱼ wⱼ Σ_{p<P} (q̃·k̃ⱼ)^p / p! vⱼ = ψ(q̃)ᵀ Σⱼ wⱼ ψ(k̃ⱼ) vⱼᵀ`` with unique monomials ψ.
+The second part is a weight of the key, the third a factor of the query. The first is projected to
+r coordinates and expanded: ``Σⱼ wⱼ Σ_{p<P} (q̃·k̃ⱼ)^p / p! vⱼ = ψ(q̃)ᵀ Σⱼ wⱼ ψ(k̃ⱼ) vⱼᵀ`` with
+unique monomials ψ. Without rotation this is an identity. With it, the means are what rotation
+changes most: before it every pair of tokens shares q̄·k̄, however far apart they stand, and far
+tokens then weigh many times too much.
 
 Blocks of queries go through the sequence in order. What lies before their window only grows, what
 lies behind it only shrinks, so two sums serve all of them.
@@ -20,7 +23,7 @@ import torch
 
 from ..taylor.features import base_weights
 from .basis import Basis
-from .means import Means
+from .means import Tokens
 from .monomials import monomials
 
 
@@ -42,38 +45,32 @@ class Low:
     log_factor: torch.Tensor
 
 
-def lower(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    mean: Means,
-    basis: Basis,
-    dtype: torch.dtype,
-) -> Low:
+def lower(tokens: Tokens, scale: float, basis: Basis, dtype: torch.dtype) -> Low:
     """Centre and project some heads.
 
     Args:
-        query: ``[B, H, N, D]`` before rotary embedding, any floating dtype.
-        key: ``[B, H, N, D]``.
-        value: ``[B, H, N, Dv]``.
+        tokens: of these heads.
         scale: factor on q·k; may be negative.
-        mean: of these heads.
-        basis: of these heads, fitted to ``query - q̄`` and ``key - k̄``.
+        basis: of these heads, fitted to ``q - q̄`` and ``k - k̄``.
         dtype: of features and values.
     """
+    mean, turned = tokens.mean, tokens.turned_mean
     wide = mean.query.dtype
-    root = abs(scale) ** 0.5
-    q, k = query.to(wide), key.to(wide) - mean.key
-    factor = scale * torch.matmul(q, mean.key.transpose(-2, -1)).squeeze(-1)
-    exponent = scale * torch.matmul(k, mean.query.transpose(-2, -1)).squeeze(-1)
+    # Without centring both means are 0: then the weights are 1 and the factor is none.
+    factor = scale * torch.matmul(
+        tokens.turned_query.to(wide), turned.key.transpose(-2, -1)
+    ).squeeze(-1)
+    exponent = scale * torch.matmul(
+        tokens.turned_key.to(wide) - turned.key, turned.query.transpose(-2, -1)
+    ).squeeze(-1)
     top = exponent.amax(dim=-1, keepdim=True)
     weights = torch.exp(exponent - top)[..., None]
-    values = torch.cat([value.to(wide) * weights, weights], dim=-1).to(dtype)
+    values = torch.cat([tokens.value.to(wide) * weights, weights], dim=-1).to(dtype)
+    root = abs(scale) ** 0.5
     sign = root if scale >= 0 else -root
-    low_query = torch.matmul((q - mean.query) * sign, basis.of_query.to(wide))
-    low_key = torch.matmul(k * root, basis.of_key.to(wide))
-    return Low(low_query.to(dtype), low_key.to(dtype), values, factor + top)
+    query = torch.matmul((tokens.query - mean.query) * sign, basis.of_query.to(wide))
+    key = torch.matmul((tokens.key - mean.key) * root, basis.of_key.to(wide))
+    return Low(query.to(dtype), key.to(dtype), values, factor + top)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The mean query and key, about which the global part expands."""
+"""What the global part works on: query and key before and after rotation, and their means."""
 
 from __future__ import annotations
 
@@ -34,3 +34,38 @@ def means(query: torch.Tensor, key: torch.Tensor, dtype: torch.dtype, centre: bo
     return Means(
         query.mean(dim=2, keepdim=True, dtype=dtype), key.mean(dim=2, keepdim=True, dtype=dtype)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Query, key and value of some heads, ``[B, H, N, D or Dv]``, any floating dtype.
+
+    Attributes:
+        query: before rotary embedding.
+        key: before rotary embedding.
+        turned_query: after it.
+        turned_key: after it.
+        value: of the same tokens.
+        mean: q̄ and k̄ before it.
+        turned_mean: q̄ᴿ and k̄ᴿ after it.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    turned_query: torch.Tensor
+    turned_key: torch.Tensor
+    value: torch.Tensor
+    mean: Means
+    turned_mean: Means
+
+    def of(self, batch: slice, heads: slice) -> Tokens:
+        """Some pictures and heads."""
+        return Tokens(
+            self.query[batch, heads],
+            self.key[batch, heads],
+            self.turned_query[batch, heads],
+            self.turned_key[batch, heads],
+            self.value[batch, heads],
+            self.mean.of(batch, heads),
+            self.turned_mean.of(batch, heads),
+        )

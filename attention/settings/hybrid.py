@@ -186,8 +186,8 @@ class HybridSettings(Measured):
     global_centre: bool = setting(
         True,
         Group.GLOBAL,
-        "Expand about the mean query and the mean key, whose share of q·k is then exact in all "
-        "coordinates. The series carries the rest.",
+        "Keep exactly, after rotary embedding and in all coordinates, what belongs to the mean "
+        "query and the mean key. The series carries the rest. Off, far tokens weigh too much.",
         advanced=True,
     )
     use_pca: bool = setting(

@@ -37,15 +37,16 @@ def near_mask(tokens: int, f: Form) -> torch.Tensor:
 
 
 def far_weights(
-    pre_query: torch.Tensor, pre_key: torch.Tensor, a: torch.Tensor, b: torch.Tensor, f: Form,
-    skip: int,
+    query: torch.Tensor, key: torch.Tensor, pre: tuple[torch.Tensor, torch.Tensor],
+    a: torch.Tensor, b: torch.Tensor, f: Form, skip: int,
 ) -> torch.Tensor:  # fmt: skip
     """``[B, H, N, N]``: what stands for exp(q·k) of far pairs. ``skip`` tokens have no mean."""
-    q, k = pre_query.double(), pre_key.double()
-    q_mean, k_mean = (x[:, :, skip:].mean(dim=2, keepdim=True) * f.centre for x in (q, k))
-    series_part = ((q - q_mean) @ a.double()) @ ((k - k_mean) @ b.double()).mT
-    key_part = q_mean @ (k - k_mean).mT
-    query_part = q @ k_mean.mT
+    parts = [x.double() for x in (*pre, query, key)]
+    means = [x[:, :, skip:].mean(dim=2, keepdim=True) * f.centre for x in parts]
+    q, k, turned_q, turned_k = parts
+    series_part = ((q - means[0]) @ a.double()) @ ((k - means[1]) @ b.double()).mT
+    key_part = means[2] @ (turned_k - means[3]).mT
+    query_part = turned_q @ means[3].mT
     return series(f.scale * series_part, f.terms) * torch.exp(f.scale * (key_part + query_part))
 
 
@@ -56,7 +57,7 @@ def joint(
     """Output ``[B, H, N, Dv]`` and log of the denominator ``[B, H, N]``."""
     exact = torch.exp(scale * query.double() @ key.double().mT)
     seen = near_mask(query.shape[2], f)
-    weights = torch.where(seen, exact, f.weight * far_weights(*pre, a, b, f, f.prefix))
+    weights = torch.where(seen, exact, f.weight * far_weights(query, key, pre, a, b, f, f.prefix))
     total = weights.sum(dim=-1, keepdim=True)
     return weights @ value.double() / total, total.squeeze(-1).log()
 
@@ -68,7 +69,7 @@ def additive(
     """Output ``[B, H, N, Dv]``."""
     exact = torch.exp(scale * query.double() @ key.double().mT)
     local = torch.where(near_mask(query.shape[2], f), exact, 0.0)
-    everywhere = far_weights(*pre, a, b, f, 0)
+    everywhere = far_weights(query, key, pre, a, b, f, 0)
     return sum(  # type: ignore[return-value]
         weight * (part @ value.double()) / part.sum(dim=-1, keepdim=True)
         for weight, part in ((1.0, local), (f.weight, everywhere))
