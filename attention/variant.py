@@ -59,6 +59,8 @@ class Call:
             result shall hold; None for none, which costs nothing.
         layout: where the tokens stand, text first; None where it isn't certain or query and key
             are of different tokens.
+        pre_rope: query and key before rotary embedding, each shaped like the call's own; None
+            where they are not to be had. Only for variants that ask for it.
     """
 
     settings: VariantSettings
@@ -69,6 +71,7 @@ class Call:
     mask: torch.Tensor | None = None
     log_mass_rows: torch.Tensor | None = None
     layout: TokenLayout | None = None
+    pre_rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,8 @@ class Variant(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     settings_model: ClassVar[type[VariantSettings]]
+    wants_pre_rope: ClassVar[bool] = False
+    """Whether calls shall hold ``pre_rope``, for which the plugin patches bindings of ComfyUI."""
 
     def prepare(self, run: RunInfo) -> None:  # noqa: B027
         """Called once, before the first call of the run."""

@@ -82,6 +82,14 @@ class SettingGroup(Message):
     title: str
 
 
+class ScheduleInfo(Message):
+    """Something that a variant lets follow sigma."""
+
+    name: str
+    title: str
+    unit: str
+
+
 class VariantSchema(Message):
     """A variant and its settings."""
 
@@ -89,6 +97,7 @@ class VariantSchema(Message):
     title: str
     help: str
     fields: list[SettingField]
+    schedules: list[ScheduleInfo] = Field(description="what its settings let follow sigma")
     json_schema: dict[str, Any]
 
 
@@ -293,6 +302,21 @@ class RevisionRequest(Message):
     settings: dict[str, Any] = Field(
         description="settings to change; those left out keep their value of the base revision"
     )
+
+
+class SchedulesRequest(Message):
+    """Settings whose schedules are to be drawn. Nothing is changed."""
+
+    settings: dict[str, Any] = Field(
+        description="settings that differ from those in force; the others keep their value"
+    )
+
+
+class ScheduleFigures(Message):
+    """A plotly figure for each schedule, over the run's steps."""
+
+    tokens: int = Field(description="in the sequence; what a window over everything stands for")
+    figures: dict[str, dict[str, Any]] = Field(description="by the schedule's name")
 
 
 class InstanceSettingsRequest(Message):

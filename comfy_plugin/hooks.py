@@ -35,8 +35,11 @@ from .images import Previews
 from .layouts import AttentionCall, Unreadable, read_call
 from .memory import reserve_for
 from .plugin import get_plugin
+from .pre_rope import OPTION as PRE_ROPE
+from .pre_rope import PreRope, register
+from .quality_log import QualityLog
 from .recorder import UNKNOWN_LAYER, CallRecord
-from .report import RunReport
+from .report import Report, Reports, RunReport
 from .run import Run
 from .steps import StepTracker
 from .token_layout import LayoutReader
@@ -92,6 +95,7 @@ def attach(model: Any, plan: Plan) -> Any:
             "AttnScope: '%s' takes the place of '%s', which an earlier node set on this model",
             plan.variant, earlier[-1],
         )  # fmt: skip
+    register(clone, KEY, VARIANTS[plan.variant].wants_pre_rope)
     if plan.variant != "exact" or not plan.config.disabled:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, SamplerHook(plan))
     return clone
@@ -143,6 +147,7 @@ class _Sampling:
         remembered = self._channel.shelf.get(plan.variant) if self._channel else None
         if remembered is not None:
             settings, instance_revision = remembered.settings, remembered.id
+        reports = _reports(plan, len(sigmas) - 1)
         self.run = Run(
             variant=VARIANTS[plan.variant](),
             settings=settings,
@@ -151,7 +156,7 @@ class _Sampling:
             info=RunInfo(sigmas=sigmas, layers=layers, reserve=reserve_for(guider.model_patcher)),
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
-            report=_report(plan, len(sigmas) - 1),
+            report=Reports(reports),
             layouts=LayoutReader(_patch_size(guider.model_patcher)),
         )
         with _guarded("capture"):
@@ -171,6 +176,9 @@ class _Sampling:
             noise=noise,
             place=place,
         )
+        if getattr(settings, "log_quality_stats", False):
+            run = self.run
+            reports.append(QualityLog(run.run_id, lambda: run.settings, info, model))
         self._begin = lambda: self.run.start(
             sampling=lambda: with_recipe(info, place),
             model=model,
@@ -217,7 +225,11 @@ class _Sampling:
                 self._previews.start()
         earlier = self._options.get(OVERRIDE)
         undo.callback(_put_back, self._options, OVERRIDE, earlier)
-        self._options[OVERRIDE] = AttentionHook(run, earlier)
+        pre_rope = PreRope() if run.variant.wants_pre_rope else None
+        self._options[OVERRIDE] = AttentionHook(run, earlier, pre_rope)
+        if pre_rope is not None:
+            undo.callback(_put_back, self._options, PRE_ROPE, self._options.get(PRE_ROPE))
+            self._options[PRE_ROPE] = pre_rope
         for options, kind, wrapper in (
             (self._guider_options, WrappersMP.PREDICT_NOISE, _Evaluation(run)),
             (self._options, WrappersMP.APPLY_MODEL, _ModelCall(run)),
@@ -254,11 +266,11 @@ def _patch_size(model_patcher: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def _report(plan: Plan, steps: int) -> RunReport | None:
+def _reports(plan: Plan, steps: int) -> list[Report]:
     if not plan.config.log_steps:
-        return None
+        return []
     name = plan.label or plan.variant
-    return RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))
+    return [RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))]
 
 
 def _put_back(options: dict[str, Any], key: str, value: Any) -> None:
@@ -356,13 +368,21 @@ class _Attempt:
 class AttentionHook:
     """ComfyUI's ``optimized_attention_override`` for the length of a run."""
 
-    def __init__(self, run: Run, earlier: Callable[..., Any] | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        earlier: Callable[..., Any] | None,
+        pre_rope: PreRope | None = None,
+    ) -> None:
         """
         Args:
             run: that the calls belong to.
             earlier: another node's override, which then is the exact path.
+            pre_rope: remembers query and key before rotary embedding; None where the run's
+                variant doesn't want them.
         """
         self._run = run
+        self._pre_rope = pre_rope
         self._earlier = earlier
         self._complaints: set[str] = set()
 
@@ -417,6 +437,7 @@ class AttentionHook:
                 mask=call.mask,
                 log_mass_rows=_sampled_rows(run, call.query),
                 layout=attempt.layout,
+                pre_rope=None if self._pre_rope is None else self._pre_rope.of(call),
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:

@@ -20,8 +20,8 @@ log = logging.getLogger("attnscope")
 
 FINAL_PIXELS = 2048 * 2048
 FINAL_BYTES = 8 * 2**20
-"""Up to here a finished picture is sent as it is: 1.2 to 2.2 bytes a pixel as PNG. The server takes
-no larger image by default."""
+"""Up to here a finished picture is sent as it is: 1.2 to 2.2 bytes a pixel as PNG. The server
+takes no larger image by default."""
 
 FINAL_SIDE = 1024
 """Longest side of a finished picture that is too large for that."""

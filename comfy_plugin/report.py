@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from ..attention.metrics import BY_NAME, worst
 from ..wire import ReasonCount, RunEnded, StepClosed
+
+log = logging.getLogger("attnscope")
 
 Column = Sequence[float | None]
 
@@ -83,6 +87,38 @@ def step_line(step: StepClosed, steps_total: int) -> str:
             parts.append(f"{title} {_counted(totals.most_common())}")
     total = f"/{steps_total}" if steps_total else ""
     return f"step {step.step + 1}{total} sigma {step.sigma:.4g}: {'; '.join(parts)}"
+
+
+class Report(Protocol):
+    """Is told of a run's steps and of its end, where events are built."""
+
+    def step(self, step: StepClosed) -> None:
+        """A step is closed."""
+
+    def end(self, ended: RunEnded) -> None:
+        """The run is over."""
+
+
+class Reports:
+    """Several reports as one. None of them can cost another one, or the event, anything."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self._reports = reports
+
+    def step(self, step: StepClosed) -> None:
+        """A step is closed."""
+        self._tell(lambda report: report.step(step))
+
+    def end(self, ended: RunEnded) -> None:
+        """The run is over."""
+        self._tell(lambda report: report.end(ended))
+
+    def _tell(self, tell: Callable[[Report], None]) -> None:
+        for report in self._reports:
+            try:
+                tell(report)
+            except Exception:
+                log.exception("AttnScope: a report failed")
 
 
 class RunReport:

@@ -28,7 +28,7 @@ from .clocks import Clock
 from .mailbox import refusal
 from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
-from .report import RunReport
+from .report import Report
 from .steps import StepTracker
 from .token_layout import LayoutReader
 
@@ -74,7 +74,7 @@ class Run:
         info: RunInfo,
         put: Callable[[Draft], None] | None,
         interrupt: Callable[[Run], None],
-        report: RunReport | None = None,
+        report: Report | None = None,
         layouts: LayoutReader | None = None,
     ) -> None:
         """

@@ -14,6 +14,8 @@ class Group(str, Enum):
     GATE = "gate"
     SCALE = "scale"
     APPROXIMATION = "approximation"
+    LOCAL = "local"
+    GLOBAL = "global"
     STABILITY = "stability"
     MEMORY = "memory"
     QUALITY = "quality"
@@ -26,6 +28,8 @@ GROUP_TITLES: dict[Group, str] = {
     Group.GATE: "Gates: where the variant runs",
     Group.SCALE: "Scale: shaping of query and key",
     Group.APPROXIMATION: "Approximation",
+    Group.LOCAL: "Local: what is exact",
+    Group.GLOBAL: "Global: what is approximated",
     Group.STABILITY: "Stability and fallback",
     Group.MEMORY: "Memory",
     Group.QUALITY: "Quality measurement",

@@ -59,6 +59,14 @@ it('keeps a half-typed value when a revision comes, and shows what came', () => 
   expect(form.canApply.value).toBe(true)
 })
 
+it('tells all settings as they are typed, and in force where nothing can be read', () => {
+  const { form } = begin()
+  form.type('P', '5')
+  form.type('sigma_max', '0.')
+  form.type('eps', 'none')
+  expect(form.wanted.value).toEqual({ ...SETTINGS, P: 5 })
+})
+
 it('shows who was first when the server knows of a newer revision', async () => {
   const current = next({ settings: { ...SETTINGS, P: 2 }, changes: { P: [3, 2] } })
   const problem = { type: 'stale-revision', title: '', status: 409, detail: 'stale', current }

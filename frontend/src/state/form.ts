@@ -41,6 +41,8 @@ export function useSettingsForm(
   )
   const problems = computed(() => ({ ...refused.value, ...read.value.problems }))
   const changed = computed(() => Object.keys(read.value.changed))
+  /** All settings as the form shows them; a field that cannot be read keeps its value. */
+  const wanted = computed<Settings>(() => ({ ...base.value, ...read.value.changed }))
   /** What somebody else, or tuning, changed since the draft was begun; null while nobody did. */
   const overtaken = computed<{ revision: Revision; changes: Changes } | null>(() => {
     const [begun, now] = [begunOn.value, standing.value]
@@ -178,6 +180,7 @@ export function useSettingsForm(
     expected,
     later,
     changed,
+    wanted,
     problems,
     problem,
     busy,

@@ -163,6 +163,7 @@ export function variant(): VariantSchema {
     title: 'Taylor',
     help: '',
     json_schema: {},
+    schedules: [],
     fields: [
       { ...base, name: 'enabled', title: 'enabled', type: 'boolean', default: true, group: 'gate' },
       {

@@ -420,6 +420,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/runs/{run_id}/schedules": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Draw Schedules
+         * @description What settings would let follow sigma over this run's steps. Nothing is changed.
+         */
+        post: operations["draw_schedules_api_v1_runs__run_id__schedules_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/runs/{run_id}/baseline": {
         parameters: {
             query?: never;
@@ -1781,6 +1801,51 @@ export interface components {
              */
             recipe?: string | null;
         };
+        /**
+         * ScheduleFigures
+         * @description A plotly figure for each schedule, over the run's steps.
+         */
+        ScheduleFigures: {
+            /**
+             * Tokens
+             * @description in the sequence; what a window over everything stands for
+             */
+            tokens: number;
+            /**
+             * Figures
+             * @description by the schedule's name
+             */
+            figures: {
+                [key: string]: {
+                    [key: string]: unknown;
+                };
+            };
+        };
+        /**
+         * ScheduleInfo
+         * @description Something that a variant lets follow sigma.
+         */
+        ScheduleInfo: {
+            /** Name */
+            name: string;
+            /** Title */
+            title: string;
+            /** Unit */
+            unit: string;
+        };
+        /**
+         * SchedulesRequest
+         * @description Settings whose schedules are to be drawn. Nothing is changed.
+         */
+        SchedulesRequest: {
+            /**
+             * Settings
+             * @description settings that differ from those in force; the others keep their value
+             */
+            settings: {
+                [key: string]: unknown;
+            };
+        };
         /** SessionRequest */
         SessionRequest: {
             /** Token */
@@ -2026,6 +2091,11 @@ export interface components {
             help: string;
             /** Fields */
             fields: components["schemas"]["SettingField"][];
+            /**
+             * Schedules
+             * @description what its settings let follow sigma
+             */
+            schedules: components["schemas"]["ScheduleInfo"][];
             /** Json Schema */
             json_schema: {
                 [key: string]: unknown;
@@ -2099,6 +2169,9 @@ export type RunStarted = components['schemas']['RunStarted'];
 export type RunStatus = components['schemas']['RunStatus'];
 export type Runs = components['schemas']['Runs'];
 export type SamplingInfo = components['schemas']['SamplingInfo'];
+export type ScheduleFigures = components['schemas']['ScheduleFigures'];
+export type ScheduleInfo = components['schemas']['ScheduleInfo'];
+export type SchedulesRequest = components['schemas']['SchedulesRequest'];
 export type SessionRequest = components['schemas']['SessionRequest'];
 export type SessionState = components['schemas']['SessionState'];
 export type SettingField = components['schemas']['SettingField'];
@@ -2883,6 +2956,42 @@ export interface operations {
                     "application/json": {
                         [key: string]: unknown;
                     };
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    draw_schedules_api_v1_runs__run_id__schedules_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["SchedulesRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ScheduleFigures"];
                 };
             };
             /** @description problem details (RFC 9457) */
