@@ -60,19 +60,18 @@ def tile_weights(
 
 
 def shared(weights: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, int]:
-    """Weights that neighbouring query tiles of a row share, to halve the products.
+    """Weights that neighbouring query tiles of a row share, which makes the products fewer.
 
     Args:
         weights: of `tile_weights`, ``[G, T, T]``.
         tiles: T of them.
 
     Returns:
-        ``[G, T / n, T]`` and n, which is 2, or 1 where a row has an odd number of tiles.
+        ``[G, T / n, T]`` and n, the greatest of 4, 2 and 1 that divides every row of tiles.
     """
-    if any(grid.columns % 2 for grid in tiles.grids):
-        return weights, 1
+    size = math.gcd(4, *(grid.columns for grid in tiles.grids))
     heads, count, _ = weights.shape
-    return weights.view(heads, count // 2, 2, count).mean(dim=2), 2
+    return weights.view(heads, count // size, size, count).mean(dim=2), size
 
 
 def first_order(weights: torch.Tensor, pooled: Pooled, space: Workspace) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
@@ -15,7 +16,7 @@ from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from .attend import Options, picked_tiles, tiled_attention, window_tiles
 from .memory import working_bytes
-from .tiles import SLOTS, tile_count
+from .tiles import SIDE, SLOTS, tile_count
 
 
 def options_of(settings: TiledSettings) -> Options:
@@ -135,6 +136,7 @@ class TiledVariant(Variant):
         image = layout.image_tokens
         products = 4.0 * pairs * width
         if options.first_order:
-            # H of each tile, their sums for each tile, and each query with its tile's sum.
-            products += (4.0 * image + tiles**2) * width**2
+            # H of each tile, their sums for tiles that share them, and each query with its sum.
+            shared = math.gcd(4, *(-(-columns // SIDE) for _, columns in layout.grids))
+            products += (4.0 * image + 2.0 * tiles**2 / shared) * width**2
         return batch * heads * products
