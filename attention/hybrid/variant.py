@@ -13,6 +13,7 @@ from ..settings import HybridSettings, VariantSettings
 from ..taylor.attend import Options
 from ..taylor.features import feature_dim
 from ..taylor.probe import least_denominator
+from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from . import schedules
 from .attend import Form, hybrid_attention
@@ -112,16 +113,23 @@ class HybridVariant(Variant):
 
     @classmethod
     def flops(
-        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+        cls,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        settings: VariantSettings,
+        layout: TokenLayout | None = None,
     ) -> float:
         """Text rows and windows as exact attention, features as the Taylor variant counts them.
 
-        The window is that of no schedule; text is what ``prefix_tokens`` says, none for -1.
+        The window is that of no schedule; text is what ``prefix_tokens`` says, or the layout.
         """
         settings = cast(HybridSettings, settings)
         batch, heads, _, head_dim = query_shape
         tokens = key_shape[2]
-        prefix = min(max(0, settings.prefix_tokens), tokens)
+        prefix = settings.prefix_tokens
+        if prefix < 0:
+            prefix = 0 if layout is None else layout.text_tokens
+        prefix = min(prefix, tokens)
         image = tokens - prefix
         window = schedules.local_window(settings, None, tokens)
         near = prefix + min(image, 2 * window + min(settings.local_chunk, image))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flux import LAYERS, sample
 
-from attnscope.attention.taylor import reservation
+from attnscope.attention import reservation
 from attnscope.attention.taylor.attend import Options
 from attnscope.attention.taylor.memory import Shape, working_bytes
 
