@@ -50,7 +50,8 @@ def asked(comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    return {"min_tokens": 1, "P": 3, "memory_reserve_factor": FACTOR, **changes}
+    shaped = {"min_tokens": 1, "P": 3, "feature_projection": 0}
+    return {**shaped, "memory_reserve_factor": FACTOR, **changes}
 
 
 def test_comfyui_is_asked_once_per_shape_for_the_estimate(
