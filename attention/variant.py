@@ -131,6 +131,8 @@ class Variant(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     settings_model: ClassVar[type[VariantSettings]]
+    tells_log_mass: ClassVar[bool] = False
+    """Whether results can hold a ``log_mass``; if not, calls name no ``log_mass_rows``."""
 
     def prepare(self, run: RunInfo) -> None:  # noqa: B027
         """Called once, before the first call of the run."""

@@ -497,7 +497,7 @@ def _layer(options: Any) -> LayerId | None:
 
 def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
     """The queries that the call will be measured on; None where it won't be."""
-    if not run.measures:
+    if not run.variant.tells_log_mass or not run.measures:
         return None
     settings: Any = run.settings
     return sampled_indices(

@@ -108,8 +108,8 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
     if len(args) > len(_POSITIONS):
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, f"{len(args)} positional arguments")
     given = {**dict(zip(_POSITIONS, args, strict=False)), **kwargs}
-    unknown = sorted(set(given) - _KNOWN)
-    if unknown:
+    if not given.keys() <= _KNOWN:
+        unknown = sorted(given.keys() - _KNOWN)
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, ", ".join(unknown))
     if given.get("enable_gqa"):
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, "enable_gqa")

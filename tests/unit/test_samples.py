@@ -237,7 +237,7 @@ def test_statistics_that_fail_leave_the_rest_of_a_call(
 MOST_LAUNCHES = {"exact": 2, "approximated": 11, "shaped": 21}
 """Operators of a call's sample in float32; every one more slows every call of every sampling."""
 
-MOST_LAUNCHES_OF_A_STEP = {"exact": 22, "approximated": 42, "shaped": 63}
+MOST_LAUNCHES_OF_A_STEP = {"exact": 15, "approximated": 35, "shaped": 56}
 """Whatever the number of calls in it."""
 
 
@@ -278,4 +278,4 @@ def test_what_the_log_mass_launches_and_that_it_does_not_wait() -> None:
             variant.attend(q, k, v, about)
         assert seen.waits == []
         launches.append(len(seen.launches))
-    assert 0 < launches[1] - launches[0] <= 17
+    assert 0 < launches[1] - launches[0] <= 12
