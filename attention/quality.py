@@ -34,14 +34,9 @@ def sampled_indices(length: int, samples: int, seed: int, device: torch.device) 
     count = min(samples, length)
     edges = torch.arange(count + 1, dtype=torch.int64) * length // count
     draw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return cached_indices(edges[:-1] + (draw * (edges[1:] - edges[:-1])).to(torch.int64), device)
-
-
-def cached_indices(indices: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of indices ``[S]`` on the CPU for use on a device, fit to be kept for later calls."""
     # Calls can come under inference mode; a cached tensor must be usable outside it too.
     with torch.inference_mode(False):
-        indices = indices.clone()
+        indices = edges[:-1] + (draw * (edges[1:] - edges[:-1])).to(torch.int64)
         if device.type == "cuda":
             # Only from pinned memory does a copy not wait for what the device still has to do.
             return indices.pin_memory().to(device, non_blocking=True)

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from . import masks
-from .quality import cached_indices, exact_rows, sampled_indices
+from .quality import exact_rows, sampled_indices
 from .variant import Effective
 
 SAMPLED_KEYS = 64
@@ -266,7 +265,7 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tenso
         flat = flat.index_select(1, some)
         live = None if live is None else live.index_select(1, some)
     if live is None:
-        return flat.sort(dim=1).values.index_select(1, _ranks(flat.shape[1], flat.device))
+        return _of_all(flat)
     ordered = flat.masked_fill(~live, float("inf")).sort(dim=1).values
     counts = live.sum(dim=1, keepdim=True)
     ranks = torch.cat([(counts * share).ceil() for share in _PERCENTILES.values()], dim=1)
@@ -274,8 +273,16 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tenso
     return chosen.masked_fill_(counts == 0, float("nan"))
 
 
-@lru_cache(maxsize=64)
-def _ranks(count: int, device: torch.device) -> torch.Tensor:
-    """Places of the percentiles among ``count`` ordered values: ``[3]`` int64."""
-    ranks = [max(1, math.ceil(share * count)) - 1 for share in _PERCENTILES.values()]
-    return cached_indices(torch.tensor(ranks), device)
+def _of_all(values: torch.Tensor) -> torch.Tensor:
+    """`_percentiles` of ``[L, V]``, selected: a full order would cost four times as much."""
+    count = values.shape[1]
+    found = []
+    for share in _PERCENTILES.values():
+        rank = max(1, math.ceil(share * count))
+        largest = 2 * rank > count
+        if rank == (count + 1) // 2:
+            found.append(values.median(dim=1).values)
+        else:
+            wanted = count - rank + 1 if largest else rank
+            found.append(values.topk(wanted, dim=1, largest=largest).values[:, -1])
+    return torch.stack(found, dim=1)

@@ -131,6 +131,8 @@ class Variant(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     settings_model: ClassVar[type[VariantSettings]]
+    attends: ClassVar[bool] = True
+    """Whether there are calls that it answers itself; if not, it is asked about none."""
     tells_log_mass: ClassVar[bool] = False
     """Whether results can hold a ``log_mass``; if not, calls name no ``log_mass_rows``."""
 

@@ -396,6 +396,8 @@ class AttentionHook:
         run = self._run
         try:
             attempt.call = call = read_call(args, kwargs)
+            if not run.variant.attends:
+                return attempt
             about = Call(
                 settings=run.settings,
                 layer=_layer(kwargs.get("transformer_options")),
@@ -418,7 +420,7 @@ class AttentionHook:
                 attempt.out = result.out
         except Unreadable as unreadable:
             # A variant that leaves attention alone has nothing to fall back from.
-            if run.variant.name != "exact":
+            if run.variant.attends:
                 attempt.fall_back(unreadable.reason, unreadable.detail)
         except _OUT_OF_MEMORY as error:
             attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
@@ -484,7 +486,8 @@ _LAYERS: dict[tuple[str, int], LayerId] = {}
 
 def _layer(options: Any) -> LayerId | None:
     """The block that calls, as Flux-family models tell it."""
-    if not isinstance(options, Mapping):
+    # The exact type first: a look-up of the abstract one costs more than all the rest.
+    if type(options) is not dict and not isinstance(options, Mapping):
         return None
     kind, index = options.get("block_type"), options.get("block_index")
     if not isinstance(kind, str) or not isinstance(index, int):

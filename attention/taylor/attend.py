@@ -161,7 +161,7 @@ def _attend_some(
     sums: blocks.Sums,
     log_mass_rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """`taylor_attention` of a few heads, not yet merged: output, relative denominators, log mass."""
+    """`taylor_attention` of a few heads, not yet merged: output, denominators, log mass."""
     ready = prepare(query, key, value, scale, weights, options)
     numerator, denominator = blocks.shared_sums(
         sums,

@@ -68,7 +68,8 @@ def test_all_queries_and_keys_sampled_give_the_full_metrics() -> None:
 def test_few_samples_come_near_the_full_metrics() -> None:
     q, k, v = tensors(512)
     exact = reference_attention(q, k, v, SCALE)
-    out = exact + 0.1 * torch.randn(exact.shape, dtype=exact.dtype)
+    noise = torch.Generator().manual_seed(1)
+    out = exact + 0.1 * torch.randn(exact.shape, dtype=exact.dtype, generator=noise)
     logits = q @ k.transpose(-2, -1) * SCALE
     stats = measured(q, k, v, out, SCALE, None, 32, 0)
     assert float(stats["nmse"]) == pytest.approx(float(nmse(out, exact)), rel=0.25)
@@ -237,7 +238,7 @@ def test_statistics_that_fail_leave_the_rest_of_a_call(
 MOST_LAUNCHES = {"exact": 2, "approximated": 11, "shaped": 21}
 """Operators of a call's sample in float32; every one more slows every call of every sampling."""
 
-MOST_LAUNCHES_OF_A_STEP = {"exact": 15, "approximated": 35, "shaped": 56}
+MOST_LAUNCHES_OF_A_STEP = {"exact": 17, "approximated": 37, "shaped": 58}
 """Whatever the number of calls in it."""
 
 
