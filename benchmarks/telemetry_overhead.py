@@ -173,12 +173,12 @@ class Account:
 
     def _count_hook(self, hook: type) -> None:
         """A hook is handed what it stands before: the sampler, the model, exact attention."""
-        call = hook.__call__  # type: ignore[operator]
+        call = self.wrap(hook.__call__, True)  # type: ignore[operator]
 
-        def counted(self_: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
-            return call(self_, _Theirs(inner, self), *args, **kwargs)
+        def counted(hook_: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
+            return call(hook_, _Theirs(inner, self), *args, **kwargs)
 
-        self._replace(hook, "__call__", self.wrap(counted, True))
+        self._replace(hook, "__call__", counted)
 
     @contextmanager
     def kept(self) -> Iterator[Account]:

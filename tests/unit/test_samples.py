@@ -73,7 +73,7 @@ def test_few_samples_come_near_the_full_metrics() -> None:
     logits = q @ k.transpose(-2, -1) * SCALE
     stats = measured(q, k, v, out, SCALE, None, 32, 0)
     assert float(stats["nmse"]) == pytest.approx(float(nmse(out, exact)), rel=0.25)
-    assert float(stats["cosine"]) == pytest.approx(float(cosine(out, exact)), abs=0.02)
+    assert float(stats["cosine"]) == pytest.approx(float(cosine(out, exact)), abs=0.05)
     assert float(stats["qk_std"]) == pytest.approx(
         float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()), rel=0.1
     )
