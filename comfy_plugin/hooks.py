@@ -427,7 +427,10 @@ class AttentionHook:
         try:
             attempt.call = call = read_call(args, kwargs)
             options = kwargs.get("transformer_options")
-            attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
+            if run.variant.attends or run.capture is not None:
+                attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
+            if not run.variant.attends:
+                return attempt
             about = Call(
                 settings=run.settings,
                 layer=_layer(options),
@@ -452,7 +455,7 @@ class AttentionHook:
                 attempt.out = result.out
         except Unreadable as unreadable:
             # A variant that leaves attention alone has nothing to fall back from.
-            if run.variant.name != "exact":
+            if run.variant.attends:
                 attempt.fall_back(unreadable.reason, unreadable.detail)
         except _OUT_OF_MEMORY as error:
             attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
@@ -518,7 +521,8 @@ _LAYERS: dict[tuple[str, int], LayerId] = {}
 
 def _layer(options: Any) -> LayerId | None:
     """The block that calls, as Flux-family models tell it."""
-    if not isinstance(options, Mapping):
+    # The exact type first: a look-up of the abstract one costs more than all the rest.
+    if type(options) is not dict and not isinstance(options, Mapping):
         return None
     kind, index = options.get("block_type"), options.get("block_index")
     if not isinstance(kind, str) or not isinstance(index, int):
@@ -531,7 +535,7 @@ def _layer(options: Any) -> LayerId | None:
 
 def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
     """The queries that the call will be measured on; None where it won't be."""
-    if not run.measures:
+    if not run.variant.tells_log_mass or not run.measures:
         return None
     settings: Any = run.settings
     return sampled_indices(

@@ -27,6 +27,7 @@ class HybridVariant(Variant):
     name: ClassVar[str] = "hybrid"
     title: ClassVar[str] = "Hybrid"
     settings_model: ClassVar[type[VariantSettings]] = HybridSettings
+    tells_log_mass: ClassVar[bool] = True
     wants_pre_rope: ClassVar[bool] = True
 
     def __init__(self) -> None:

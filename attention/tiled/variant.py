@@ -36,6 +36,7 @@ class TiledVariant(Variant):
     name: ClassVar[str] = "tiled"
     title: ClassVar[str] = "Tiled"
     settings_model: ClassVar[type[VariantSettings]] = TiledSettings
+    tells_log_mass: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))
