@@ -34,11 +34,13 @@ from .triton_support import (
 )
 
 _MIN_KEYS_PER_SPLIT = 512
+_PROGRAMS_PER_PROCESSOR = 8
+"""Enough that the loads of one hide behind the products of others."""
 
 
 def split_count(programs: int, tokens: int, processors: int) -> int:
-    """Splits over keys that give each multiprocessor two programs, none of them tiny."""
-    wanted = math.ceil(2 * processors / programs)
+    """Splits over keys that give each multiprocessor a few programs, none of them tiny."""
+    wanted = math.ceil(_PROGRAMS_PER_PROCESSOR * processors / programs)
     return max(1, min(wanted, tokens // _MIN_KEYS_PER_SPLIT))
 
 
@@ -180,6 +182,7 @@ class _Builder:
             COLUMN_SUM=column_sum,
             WEIGHTED=w is not None,
             FINITE=self.finite,
+            WIDE=width > chunk,
             OPERAND=_triton_dtype(self.operand),
             PRECISION="ieee",
             num_warps=config.build_warps,
@@ -322,6 +325,8 @@ def read(
         PAIR_CHUNKS=tables.pair_value_weights.shape[0]
         if tables.pair_value_weights is not None
         else 1,
+        HALVES=operand != torch.float32
+        and config.chunk > min(padded(head_dim), padded(value_dim)),
         DIVIDE=division is not None,
         ROUND=division is not None and division.round_denominators,
         OPERAND=_triton_dtype(operand),

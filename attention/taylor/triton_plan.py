@@ -80,10 +80,10 @@ def check_config(
             f"build_lifts: {config.build_lifts} is not allowed; "
             f"allowed: multiples of lifts, {config.lifts}"
         )
-    most = min(padded(head_dim), padded(value_dim), 64)
+    # Seen with Triton 3.6 on an H100: a 16-bit product of [., 64] and [64, 32] takes wrong rows
+    # of its second operand, up to addresses that don't exist. The read takes chunks by halves.
+    most = min(64, 2 * min(padded(head_dim), padded(value_dim)), config.lifts * padded(value_dim))
     if terms >= 4 and dtype != torch.float32 and config.chunk > most:
-        # Seen with Triton 3.6 on an H100: a 16-bit product of [., 64] and [64, 32] takes wrong
-        # rows of its second operand, up to addresses that don't exist.
         raise ValueError(
             f"chunk: {config.chunk} is not allowed at head_dim {head_dim}, value_dim {value_dim} "
             f"and P {terms}; allowed: up to {most}"
@@ -110,21 +110,24 @@ def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
         )
     lifts = max(1, 128 // wide)
     if terms >= 4:
+        chunk = min(64, 2 * narrow)
         return FullConfig(
-            chunk=min(64, narrow),
+            chunk=chunk,
             lifts=lifts,
             build_lifts=2 * lifts,
             block_m=64,
-            build_warps=4,
+            build_warps=8,
             read_warps=4,
             build_stages=2,
         )
+    chunk = min(32, narrow)
+    # A tile of the build holds 128 lifted features where values are wider than a chunk.
     return FullConfig(
-        chunk=min(32, narrow),
+        chunk=chunk,
         lifts=lifts,
-        build_lifts=2 * lifts,
+        build_lifts=max(2 * lifts, 128 // chunk) if wide == 128 else 2 * lifts,
         block_m=64,
-        build_warps=4,
+        build_warps=8 if wide == 128 else 4,
         read_warps=4,
     )
 
