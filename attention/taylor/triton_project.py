@@ -91,21 +91,24 @@ def factors(
     width = query.shape[3] // parts
     of_query = _moment(query, query_mean, query_root, parts)
     of_key = _moment(key, key_mean, key_root, parts, other_mean=query_mean, other_root=query_root)
-    rows = of_query.shape[0]
+    rows, size = of_query.shape[:2]
     a, b = (of_query.new_empty(rows, width, rank) for _ in range(2))
     kernels("triton_project_kernels").factors_kernel[(rows,)](
         of_query,
         of_key,
         start(width, rank, query.device, torch.float32),
+        of_query.new_empty(rows, size, padded(rank)),
         a,
         b,
         width,
         rank,
-        W=of_query.shape[1],
+        W=size,
         R=padded(rank),
+        BK=min(32, size),
         ITERATIONS=ITERATIONS,
         # Subspaces turn by what is lost here, over and over.
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32x3",
         num_warps=8,
+        num_stages=2,
     )
     return a, b

@@ -116,13 +116,26 @@ def _inverse_factor(gram, rank, R: tl.constexpr):
 
 
 @triton.jit
-def _orthonormal(basis, rank, W: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr):
-    norm = tl.sqrt(tl.sum(basis * basis, axis=0))
-    basis = basis / tl.maximum(norm, TINY)[None, :]
-    square = tl.zeros([R, R], dtype=tl.float32)
-    gram = dot(tl.trans(basis), basis, square, PRECISION)
-    inverse = _inverse_factor(gram, rank, R)
-    return dot(basis, tl.trans(inverse), tl.zeros([W, R], dtype=tl.float32), PRECISION)
+def _applied(
+    matrix, scratch, basis, i_row,
+    W: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """matrix[i_row] @ basis, [W, R], by BK columns at a time: all at once fill a GPU's registers.
+
+    Rows of a tensor in registers can't be chosen, so the basis goes by way of ``scratch``.
+    """
+    o_w = tl.arange(0, W)
+    o_r = tl.arange(0, R)
+    o_k = tl.arange(0, BK)
+    tl.debug_barrier()
+    tl.store(scratch + (i_row * W + o_w)[:, None] * R + o_r[None, :], basis)
+    tl.debug_barrier()
+    acc = tl.zeros([W, R], dtype=tl.float32)
+    for k in range(0, W, BK):
+        left = tl.load(matrix + (i_row * W + o_w)[:, None] * W + (k + o_k)[None, :])
+        right = tl.load(scratch + (i_row * W + k + o_k)[:, None] * R + o_r[None, :])
+        acc = dot(left, right, acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -130,38 +143,42 @@ def factors_kernel(
     of_query,
     of_key,
     start,
+    scratch,
     query_factor,
     key_factor,
     width,
     rank,
     W: tl.constexpr,
     R: tl.constexpr,
+    BK: tl.constexpr,
     ITERATIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A and B of `projection.factors` for one slice, [width, rank], from its moments [W, W]."""
+    """A and B of `projection.factors` for one slice, [width, rank], from its moments [W, W].
+
+    The basis Y is kept orthonormal in the keys' moment, ``Yᵀ Ck Y = I``, so that every iteration
+    ends with ``A = Ck Y`` and ``B = Y``; the next is Cq A.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.arange(0, W)
     o_r = tl.arange(0, R)
-    o_square = (i_row * W + o_w)[:, None] * W + o_w[None, :]
     both = (o_w < width)[:, None] & (o_r < rank)[None, :]
     zero = tl.zeros([W, R], dtype=tl.float32)
     basis = tl.load(start + o_w[:, None] * rank + o_r[None, :], mask=both, other=0.0)
-    for _ in range(ITERATIONS):
-        basis = dot(tl.load(of_key + o_square), basis, zero, PRECISION)
-        basis = dot(tl.load(of_query + o_square), basis, zero, PRECISION)
-        basis = _orthonormal(basis, rank, W, R, PRECISION)
-    basis = _orthonormal(basis, rank, W, R, PRECISION)
-    left = dot(tl.load(of_key + o_square), basis, zero, PRECISION)
-    square = tl.zeros([R, R], dtype=tl.float32)
-    gram = dot(tl.trans(basis), left, square, PRECISION)
-    inverse = tl.trans(_inverse_factor(gram, rank, R))
-    a = dot(left, inverse, zero, PRECISION)
-    b = dot(basis, inverse, zero, PRECISION)
-    of_a = a * dot(tl.load(of_query + o_square), a, zero, PRECISION)
-    of_b = b * dot(tl.load(of_key + o_square), b, zero, PRECISION)
-    spread = tl.sum(tl.sum(of_a, axis=1), axis=0) / tl.sum(tl.sum(of_b, axis=1), axis=0)
-    balance = tl.sqrt(tl.sqrt(spread))
+    a = zero
+    b = zero
+    for _ in range(ITERATIONS + 1):
+        norm = tl.sqrt(tl.sum(basis * basis, axis=0))
+        basis = basis / tl.maximum(norm, TINY)[None, :]
+        left = _applied(of_key, scratch, basis, i_row, W, R, BK, PRECISION)
+        gram = dot(tl.trans(basis), left, tl.zeros([R, R], dtype=tl.float32), PRECISION)
+        inverse = tl.trans(_inverse_factor(gram, rank, R))
+        a = dot(left, inverse, zero, PRECISION)
+        b = dot(basis, inverse, zero, PRECISION)
+        basis = _applied(of_query, scratch, a, i_row, W, R, BK, PRECISION)
+    # Split the scale between the sides: Σ Aᵀ Cq A on one, rank on the other.
+    spread = tl.sum(tl.sum(a * basis, axis=1), axis=0) / rank
+    balance = tl.sqrt(tl.sqrt(tl.maximum(spread, TINY)))
     o_out = (i_row * width + o_w)[:, None] * rank + o_r[None, :]
     tl.store(query_factor + o_out, a / balance, mask=both)
     tl.store(key_factor + o_out, b * balance, mask=both)
