@@ -182,7 +182,8 @@ class _Builder:
             COLUMN_SUM=column_sum,
             WEIGHTED=w is not None,
             FINITE=self.finite,
-            WIDE=width > chunk,
+            # From 64 rows on a product fills the tensor cores.
+            WIDE=width > chunk and width >= 64,
             OPERAND=_triton_dtype(self.operand),
             PRECISION="ieee",
             num_warps=config.build_warps,
@@ -325,8 +326,6 @@ def read(
         PAIR_CHUNKS=tables.pair_value_weights.shape[0]
         if tables.pair_value_weights is not None
         else 1,
-        HALVES=operand != torch.float32
-        and config.chunk > min(padded(head_dim), padded(value_dim)),
         DIVIDE=division is not None,
         ROUND=division is not None and division.round_denominators,
         OPERAND=_triton_dtype(operand),

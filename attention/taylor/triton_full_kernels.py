@@ -232,7 +232,6 @@ def read_kernel(
     TERMS: tl.constexpr,
     COORDINATE_CHUNKS: tl.constexpr,
     PAIR_CHUNKS: tl.constexpr,
-    HALVES: tl.constexpr,
     DIVIDE: tl.constexpr,
     ROUND: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -296,29 +295,16 @@ def read_kernel(
         for c in range(PAIR_CHUNKS):
             # Gathered from the cache, once for all lifts.
             p_row = p_query + o_m[:, None] * q_n
+            o_k = c * KC + o_c
+            a = tl.load(p_row + tl.load(pairs + o_k)[None, :], mask=live[:, None], other=0.0)
+            o_k += PAIR_CHUNKS * KC
+            b = tl.load(p_row + tl.load(pairs + o_k)[None, :], mask=live[:, None], other=0.0)
+            base = narrow(a.to(tl.float32) * b.to(tl.float32), OPERAND)  # [BM, KC]
             row = (i_bh * PAIR_CHUNKS + c) * KC
-            if HALVES:
-                # Features of even and of odd rank apart: see `triton_plan.check_config`.
-                o_half = 2 * tl.arange(0, KC // 2)
-                even = _gathered(
-                    p_row, pairs + c * KC + o_half, PAIR_CHUNKS * KC, live, OPERAND
-                )  # fmt: skip
-                odd = _gathered(
-                    p_row, pairs + c * KC + o_half + 1, PAIR_CHUNKS * KC, live, OPERAND
-                )  # fmt: skip
-                base = tl.reshape(tl.join(even, odd), [BM, KC])
-                p_z = z_3 + (row + o_half)[:, None] * D + o_d[None, :]
-                gradient = dot(even, tl.load(p_z), gradient, PRECISION)
-                gradient = dot(odd, tl.load(p_z + D), gradient, PRECISION)
-                p_s = s_2 + (row + o_half)[:, None] * DV + o_v[None, :]
-                acc = dot(even, tl.load(p_s), acc, PRECISION)
-                acc = dot(odd, tl.load(p_s + DV), acc, PRECISION)
-            else:
-                base = _gathered(p_row, pairs + c * KC + o_c, PAIR_CHUNKS * KC, live, OPERAND)
-                z = tl.load(z_3 + (row + o_c)[:, None] * D + o_d[None, :])
-                gradient = dot(base, z, gradient, PRECISION)
-                s = tl.load(s_2 + (row + o_c)[:, None] * DV + o_v[None, :])
-                acc = dot(base, s, acc, PRECISION)
+            z = tl.load(z_3 + (row + o_c)[:, None] * D + o_d[None, :])
+            gradient = dot(base, z, gradient, PRECISION)
+            s = tl.load(s_2 + (row + o_c)[:, None] * DV + o_v[None, :])
+            acc = dot(base, s, acc, PRECISION)
             i_first = tl.load(first + c)
             for i in range(tl.load(count + c)):
                 acc = _lifted(
@@ -340,14 +326,6 @@ def read_kernel(
     tl.store(denominator + i_bh * tokens + o_m, den, mask=live)
     acc = narrow(acc, numerator.dtype.element_ty)
     tl.store(p_num, acc, mask=live[:, None] & (o_v < value_dim)[None, :])
-
-
-@triton.jit
-def _gathered(p_row, p_pair, side, live, OPERAND: tl.constexpr):
-    """Products of pairs of coordinates, [BM, features]; ``side``: between a pair's two tables."""
-    a = tl.load(p_row + tl.load(p_pair)[None, :], mask=live[:, None], other=0.0)
-    b = tl.load(p_row + tl.load(p_pair + side)[None, :], mask=live[:, None], other=0.0)
-    return narrow(a.to(tl.float32) * b.to(tl.float32), OPERAND)
 
 
 @triton.jit

@@ -72,8 +72,7 @@ FULL = [
     (32, 32, 3, torch.float16),
     (32, 128, 3, torch.bfloat16),
     (64, 64, 3, torch.bfloat16),
-    (96, 96, 3, torch.bfloat16),
-    (128, 128, 3, torch.bfloat16),
+    (72, 96, 3, torch.bfloat16),
     (8, 16, 4, torch.float32),
     (20, 24, 4, torch.bfloat16),
     (32, 32, 4, torch.bfloat16),
@@ -256,7 +255,7 @@ def test_both_paths_stand_in_for_the_torch_sums(path, weighted):
         assert_close(found, wanted, torch.float32)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (130, 131)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (65, 67)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_four_terms_in_16_bits_at_odd_lengths(queries, keys, weighted):
     query, key, value = tensors(32, 32, torch.bfloat16, queries=queries, keys=keys)
@@ -270,9 +269,9 @@ def test_four_terms_in_16_bits_at_odd_lengths(queries, keys, weighted):
 
 
 def test_tile_sizes_that_compile_to_wrong_code_are_refused():
-    query, key, value = tensors(32, 32, torch.bfloat16)
+    query, key, value = tensors(16, 16, torch.bfloat16)
     config = FullConfig(chunk=64)
-    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 32, .* P 4; allowed: up to 32"):
+    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 16, .* P 4; allowed: up to 16"):
         triton_full.sums(query, key, value, 4, config=config)
     triton_full.sums(query, key, value, 3, config=config)
     with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
@@ -296,12 +295,14 @@ def test_tile_sizes_that_compile_to_wrong_code_are_refused():
         ({"feature_projection": 8, "centre_queries": False}, 0.1, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("terms", [2, 3])
-def test_whole_heads_in_few_passes_match_float64(change, scale, dtype, terms):
+def test_whole_heads_in_few_passes_match_float64(change, scale, dtype):
+    terms = 3
+    # Rounds of the subspace iteration take the interpreter long.
+    batch = 1 if "feature_projection" in change else 2
     generator = torch.Generator().manual_seed(3)
     # Means far from 0, tokens before heads in memory, as a projection leaves them.
     query, key, value = (
-        (torch.randn(2, 67, 2, 32, generator=generator) + 0.5).to(dtype).transpose(1, 2)
+        (torch.randn(batch, 67, 2, 32, generator=generator) + 0.5).to(dtype).transpose(1, 2)
         for _ in range(3)
     )
     options = Options(**({"sub_head_blocks": 2, "sub_head_mode": "independent"} | change))
