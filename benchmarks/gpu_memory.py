@@ -69,6 +69,7 @@ CASES = (
     Case("full", 3, INDEPENDENT, tokens=16_896),
     Case("full", 3, SHARED),
     Case("full", 3, Options()),
+    Case("full", 3, Options(feature_projection=32)),
     Case("full", 4, INDEPENDENT, dtype=torch.float32),
 )
 

@@ -37,6 +37,9 @@ RESULTS = (
     "taylor_p4_speedup_16896",
     "taylor_p3_speedup_66048",
     "taylor_p4_speedup_66048",
+    "taylor_default_speedup_4608",
+    "taylor_default_speedup_16896",
+    "taylor_default_speedup_66048",
 )
 
 TOKENS = (4_608, 16_896, 66_048)
@@ -56,10 +59,22 @@ class Case:
     terms: int
     head_dim: int = HEAD_DIM // BLOCKS
     value_dim: int = HEAD_DIM // BLOCKS
+    projected: bool = False
+    """Whether ``head_dim`` is what a projection leaves of a whole head."""
+
+    @property
+    def options(self) -> Options:
+        if self.projected:
+            return Options(feature_projection=self.head_dim)
+        blocks = HEAD_DIM // self.head_dim
+        independent = self.value_dim == self.head_dim
+        return Options(
+            sub_head_blocks=blocks, sub_head_mode="independent" if independent else "shared"
+        )
 
     @property
     def sub_heads(self) -> int:
-        return HEADS * (HEAD_DIM // self.head_dim)
+        return HEADS if self.projected else HEADS * (HEAD_DIM // self.head_dim)
 
     @property
     def useful_flop_per_token(self) -> int:
@@ -70,6 +85,7 @@ class Case:
 CASES = {
     "p3": Case("4 independent blocks", 3),
     "p4": Case("4 independent blocks", 4),
+    "default": Case("projected to 32", 3, value_dim=HEAD_DIM, projected=True),
     "shared3": Case("4 blocks, shared V", 3, value_dim=HEAD_DIM),
     "shared4": Case("4 blocks, shared V", 4, value_dim=HEAD_DIM),
     "head": Case("whole head", 3, head_dim=HEAD_DIM, value_dim=HEAD_DIM),
@@ -146,7 +162,7 @@ def whole_inputs(queries: int, keys: int) -> tuple[torch.Tensor, ...]:
 def whole_call(
     case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
-    options = Options(sub_head_blocks=HEAD_DIM // case.head_dim, sub_head_mode="independent")
+    options = case.options
     choice, sums = pick("auto", StreamConfig(), options, query, value, case.terms)
     print(f"whole {case}: {choice}", flush=True)
     scale = HEAD_DIM**-0.5
@@ -263,9 +279,7 @@ def run_group(name: str) -> int:
         measure(case, "streaming", tokens, stream, expected)
         return 0 if good else 1
     good &= check("full", triton_full.sums, case)
-    independent = case.value_dim == case.head_dim
-    if independent:
-        good &= check_whole(case)
+    good &= check_whole(case)
     for tokens in TOKENS:
         expected = full_memory_bytes(
             case.sub_heads,
@@ -279,7 +293,7 @@ def run_group(name: str) -> int:
         sums = partial(triton_full.sums, *inputs(case, tokens, tokens, case.sub_heads), case.terms)
         measure(case, "full", tokens, sums, expected)
         del sums
-        if independent:
+        if not name.startswith("shared"):
             measure(case, "whole", tokens, whole_call(case, *whole_inputs(tokens, tokens)), None)
         torch.cuda.empty_cache()
     for kernel in ("build_kernel", "read_kernel"):
@@ -401,8 +415,8 @@ def main() -> int:
             line, speedup = table_row(row, exact, ceiling)
             lines.append(line)
             print(f"  {line}", flush=True)
-            result = f"taylor_p{row['terms']}_speedup_{row['tokens']}"
-            if row["path"] == "whole" and group in ("p3", "p4") and result in RESULTS:
+            result = f"taylor_{group}_speedup_{row['tokens']}"
+            if row["path"] == "whole" and result in RESULTS:
                 print(f"RESULT {result} {speedup:.3f}", flush=True)
         if arguments.out:
             arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

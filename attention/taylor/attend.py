@@ -33,6 +33,11 @@ class Options:
         """How many attentions a head is split into."""
         return self.sub_head_blocks if self.sub_head_mode == "independent" else 1
 
+    def rank(self, head_dim: int) -> int:
+        """Coordinates left of each attention by the projection; 0 where there is none."""
+        projected = 0 < self.feature_projection < head_dim // self.heads_per_head
+        return self.feature_projection if projected else 0
+
     def feature_width(self, head_dim: int) -> int:
         """Coordinates of one expansion.
 
@@ -40,9 +45,7 @@ class Options:
             ValueError: ``sub_head_blocks`` doesn't divide the head or what is left of it.
         """
         blocks.check(head_dim, self.sub_head_blocks, "head_dim")
-        width = head_dim // self.heads_per_head
-        if 0 < self.feature_projection < width:
-            width = self.feature_projection
+        width = self.rank(head_dim) or head_dim // self.heads_per_head
         if self.sub_head_mode == "shared":
             blocks.check(width, self.sub_head_blocks, "feature_projection")
             width //= self.sub_head_blocks
@@ -69,7 +72,7 @@ class Attended:
 class WholeHeads(Protocol):
     """Sums that can also do a whole call: preparation, sums and division in fewer passes."""
 
-    def takes_whole(self, terms: int, options: Options) -> bool:
+    def takes_whole(self, terms: int, options: Options, head_dim: int) -> bool:
         """Whether `whole` can take calls without weights that have these options."""
 
     def whole(
@@ -85,8 +88,10 @@ class WholeHeads(Protocol):
     ) -> torch.Tensor:
         """`taylor_attention` into ``out``; returns its denominators, in float32."""
 
-    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
-        """Bytes of the copies of one head that `whole` holds, value as wide as key."""
+    def whole_bytes(
+        self, queries: int, keys: int, head_dim: int, value_dim: int, options: Options
+    ) -> int:
+        """Bytes of the copies of one head that `whole` holds."""
 
 
 def rounded(denominator: torch.Tensor, dtype: torch.dtype, options: Options) -> torch.Tensor:
@@ -101,9 +106,7 @@ def head_bytes(
 ) -> int:
     """Bytes of the copies of one head that are held while its sums are computed."""
     parts = options.heads_per_head
-    width = head_dim
-    if 0 < options.feature_projection < head_dim // parts:
-        width = options.feature_projection * parts
+    width = options.rank(head_dim) * parts or head_dim
     shared = options.sub_head_mode == "shared" and options.sub_head_blocks > 1
     columns = value_dim + parts
     prepared = (queries + keys) * width + keys * (value_dim + parts)
@@ -256,9 +259,13 @@ def taylor_attention(
     out = query.new_empty(batch, heads, queries, value_dim)
     denominators = query.new_empty(batch, heads * parts, queries, 1, dtype=dtype)
     whole = None
-    if weights is None and isinstance(sums, WholeHeads) and sums.takes_whole(terms, options):
+    if (
+        weights is None
+        and isinstance(sums, WholeHeads)
+        and sums.takes_whole(terms, options, head_dim)
+    ):
         whole = sums
-        per_head = whole.whole_bytes(queries, keys, max(head_dim, value_dim), options)
+        per_head = whole.whole_bytes(queries, keys, head_dim, value_dim, options)
     else:
         per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
     limit = kernel.budget(query.device).heads

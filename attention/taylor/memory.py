@@ -13,6 +13,7 @@ import torch
 from ..sums_paths import Path
 from . import kernel
 from .attend import Options, head_bytes
+from .paths import TritonSums
 from .plan import make_plan, stages
 from .projection import SAMPLES
 from .triton_memory import full_memory_bytes, streaming_memory_bytes
@@ -31,14 +32,30 @@ class Shape(NamedTuple):
     value_dim: int
 
 
+def _whole(
+    path: Path, dtype: torch.dtype, terms: int, options: Options, head_dim: int, weighted: bool
+) -> TritonSums | None:
+    """The sums that do the whole call, as `attend.taylor_attention` finds them; None: none do."""
+    if path == "torch" or weighted:
+        return None
+    sums = TritonSums(path, dtype, StreamConfig())
+    return sums if sums.takes_whole(terms, options, head_dim) else None
+
+
 def _heads_at_a_time(
-    shape: Shape, dtype: torch.dtype, options: Options, device: torch.device
+    shape: Shape,
+    dtype: torch.dtype,
+    options: Options,
+    device: torch.device,
+    whole: TritonSums | None,
 ) -> int:
-    """How many heads `attend.taylor_attention` holds copies of, whatever computes the sums."""
+    """How many heads `attend.taylor_attention` holds copies of."""
     size = kernel.accumulation_dtype(dtype).itemsize
-    per_head = head_bytes(
-        shape.queries, shape.keys, shape.head_dim, shape.value_dim, options, size
-    )
+    sizes = shape[2:]
+    if whole is not None:
+        per_head = whole.whole_bytes(*sizes, options)
+    else:
+        per_head = head_bytes(*sizes, options, size)
     limit = kernel.budget(device).heads
     rows, some = next(kernel.head_groups(shape.batch, shape.heads, per_head, limit))
     count: int = (rows.stop - rows.start) * (some.stop - some.start)
@@ -114,13 +131,33 @@ def _triton_sums_bytes(
     return at_a_time * (prepared + taken + earlier) + working
 
 
+def _whole_bytes(
+    whole: TritonSums,
+    shape: Shape,
+    dtype: torch.dtype,
+    terms: int,
+    options: Options,
+    device: torch.device,
+    at_a_time: int,
+) -> int:
+    """What is prepared of the same heads, and their sums, for calls done by `WholeHeads`."""
+    queries, keys, head_dim, value_dim = shape[2:]
+    parts = options.heads_per_head
+    prepared = whole.whole_bytes(queries, keys, head_dim, value_dim, options)
+    return at_a_time * prepared + full_memory_bytes(
+        at_a_time * parts, queries, keys, options.feature_width(head_dim), value_dim // parts,
+        terms, dtype, processors=multiprocessors(device), divided=True,
+    )  # fmt: skip
+
+
 def _projecting_bytes(shape: Shape, dtype: torch.dtype, options: Options, at_a_time: int) -> int:
     """Copies while the features of the same heads are projected; 0 where they are not."""
     queries, keys, head_dim, value_dim = shape[2:]
     parts = options.heads_per_head
-    if not 0 < options.feature_projection < head_dim // parts:
+    rank = options.rank(head_dim)
+    if not rank:
         return 0
-    copies = (queries + keys) * (head_dim + options.feature_projection * parts)
+    copies = (queries + keys) * (head_dim + rank * parts)
     sampled = 3 * min(max(queries, keys), SAMPLES) * head_dim
     held = (queries + keys) * head_dim + sampled
     size: int = kernel.accumulation_dtype(dtype).itemsize
@@ -136,6 +173,7 @@ def working_bytes(
     device: torch.device,
     *,
     stream: StreamConfig | None = None,
+    weighted: bool = False,
 ) -> int:
     """Peak of what a call allocates, in bytes, its output included and its input not.
 
@@ -147,21 +185,28 @@ def working_bytes(
         options: of the expansion.
         device: where it runs; block sizes and splits over keys depend on it.
         stream: chunks of the streaming path, which bound its memory; None for its defaults.
+        weighted: whether the call has weights of its own, as a mask makes.
 
     Raises:
         ValueError: the path is unknown, or the sub-head blocks don't fit the head.
     """
     if path not in get_args(Path):
         raise ValueError(f"path: {path!r} is not allowed; allowed: {', '.join(get_args(Path))}")
-    at_a_time = _heads_at_a_time(shape, dtype, options, device)
-    if path == "torch":
-        summing = _torch_sums_bytes(shape, dtype, terms, options, device, at_a_time)
+    whole = _whole(path, dtype, terms, options, shape.head_dim, weighted)
+    at_a_time = _heads_at_a_time(shape, dtype, options, device, whole)
+    projecting = 0
+    if whole is not None:
+        summing = _whole_bytes(whole, shape, dtype, terms, options, device, at_a_time)
     else:
-        summing = _triton_sums_bytes(
-            path, shape, dtype, terms, options, device, stream or StreamConfig(), at_a_time
-        )
+        projecting = _projecting_bytes(shape, dtype, options, at_a_time)
+        if path == "torch":
+            summing = _torch_sums_bytes(shape, dtype, terms, options, device, at_a_time)
+        else:
+            summing = _triton_sums_bytes(
+                path, shape, dtype, terms, options, device, stream or StreamConfig(), at_a_time
+            )
     size: int = kernel.accumulation_dtype(dtype).itemsize
     columns = shape.value_dim * dtype.itemsize + options.heads_per_head * size
     kept = shape.batch * shape.heads * shape.queries * columns
-    peak: int = kept + max(summing, _projecting_bytes(shape, dtype, options, at_a_time))
+    peak: int = kept + max(summing, projecting)
     return peak

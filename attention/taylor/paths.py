@@ -9,6 +9,7 @@ import torch
 from . import kernel, triton_full, triton_stream, triton_whole
 from .attend import Options
 from .blocks import Sums
+from .centring import mean
 from .dispatch import Choice, PathSetting, choose
 from .triton_stream import StreamConfig
 from .triton_support import operand_dtype, triton_installed, unavailable
@@ -42,7 +43,10 @@ class TritonSums:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `kernel.sums`; the kernels choose their own block sizes."""
         operand = operand_dtype(self.dtype)
+        exact = value
         query, key, value = (x.to(operand).contiguous() for x in (query, key, value))
+        # Centred values of one grid are rounded alike, an error that does not average out.
+        lost = mean(exact - value, weights) if value.dtype != exact.dtype else None
         if self.path == "full":
             sums = triton_full.sums(query, key, value, terms, weights=weights)
         else:
@@ -59,13 +63,17 @@ class TritonSums:
                 factor = weights.float()[..., None]
                 numerator -= torch.matmul(factor.transpose(-2, -1), value.float())
                 denominator -= factor.sum(dim=2, keepdim=True)
+        if lost is not None:
+            numerator.addcmul_(lost, denominator)
         return numerator, denominator
 
-    def takes_whole(self, terms: int, options: Options) -> bool:
+    def takes_whole(self, terms: int, options: Options, head_dim: int) -> bool:
         """As `attend.WholeHeads`."""
         independent = options.sub_head_blocks == 1 or options.sub_head_mode == "independent"
-        # Degree 0 alone needs no kernel, and a projection none of the passes that are saved.
-        return self.path == "full" and terms > 1 and independent and not options.feature_projection
+        parts, rank = options.heads_per_head, options.rank(head_dim)
+        # Degree 0 alone needs no kernel.
+        fits = triton_whole.takes(head_dim, parts, rank)
+        return self.path == "full" and terms > 1 and independent and fits
 
     def whole(
         self,
@@ -86,6 +94,7 @@ class TritonSums:
             scale,
             terms,
             parts=options.heads_per_head,
+            rank=options.rank(query.shape[3]),
             centre_queries=options.centre_queries,
             centre_keys=options.centre_keys,
             centre_values=options.centre_values,
@@ -94,10 +103,13 @@ class TritonSums:
             out=out,
         )
 
-    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
+    def whole_bytes(
+        self, queries: int, keys: int, head_dim: int, value_dim: int, options: Options
+    ) -> int:
         """As `attend.WholeHeads`."""
         size = operand_dtype(self.dtype).itemsize
-        return triton_whole.whole_bytes(queries, keys, head_dim, options.heads_per_head, size)
+        parts, rank = options.heads_per_head, options.rank(head_dim)
+        return triton_whole.whole_bytes(queries, keys, head_dim, value_dim, parts, rank, size)
 
 
 def pick(

@@ -22,11 +22,12 @@ from ..quality import sampled_indices
 SAMPLES = 2048
 """Tokens whose second moments are taken."""
 
-_ITERATIONS = 12
+ITERATIONS = 12
+"""Of the subspace iteration."""
 
 
 @lru_cache(maxsize=16)
-def _start(head_dim: int, rank: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def start(head_dim: int, rank: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Where the iteration starts: fixed, and with a share in every direction."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
@@ -100,8 +101,8 @@ def factors(
     if not 1 <= rank <= head_dim:
         raise ValueError(f"feature_projection: {rank} is not allowed; allowed: 1 to {head_dim}")
     of_query, of_key = second_moment(query, None), second_moment(key, weights)
-    basis = _start(head_dim, rank, query.device, query.dtype).expand(*query.shape[:2], -1, -1)
-    for _ in range(_ITERATIONS):
+    basis = start(head_dim, rank, query.device, query.dtype).expand(*query.shape[:2], -1, -1)
+    for _ in range(ITERATIONS):
         basis = _orthonormal(torch.matmul(of_query, torch.matmul(of_key, basis)))
     left = torch.matmul(of_key, basis)
     # X = A Bᵀ for A = Ck Y L⁻ᵀ, B = Y L⁻ᵀ, L Lᵀ = Yᵀ Ck Y: keys become white.

@@ -34,11 +34,13 @@ from .triton_support import (
 )
 
 _MIN_KEYS_PER_SPLIT = 512
+_PROGRAMS_PER_PROCESSOR = 8
+"""Enough that the loads of one hide behind the products of others."""
 
 
 def split_count(programs: int, tokens: int, processors: int) -> int:
-    """Splits over keys that give each multiprocessor two programs, none of them tiny."""
-    wanted = math.ceil(2 * processors / programs)
+    """Splits over keys that give each multiprocessor a few programs, none of them tiny."""
+    wanted = math.ceil(_PROGRAMS_PER_PROCESSOR * processors / programs)
     return max(1, min(wanted, tokens // _MIN_KEYS_PER_SPLIT))
 
 
@@ -180,6 +182,8 @@ class _Builder:
             COLUMN_SUM=column_sum,
             WEIGHTED=w is not None,
             FINITE=self.finite,
+            # From 64 rows on a product fills the tensor cores.
+            WIDE=width > chunk and width >= 64,
             OPERAND=_triton_dtype(self.operand),
             PRECISION="ieee",
             num_warps=config.build_warps,

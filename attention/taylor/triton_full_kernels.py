@@ -54,10 +54,15 @@ def build_kernel(
     COLUMN_SUM: tl.constexpr,
     WEIGHTED: tl.constexpr,
     FINITE: tl.constexpr,
+    WIDE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial[split, bh, tile] = (k_lift · w · V)ᵀ @ base(k), [L * DV, KC]."""
+    """partial[split, bh, tile] = (k_lift · w · V)ᵀ @ base(k), [L * DV, KC].
+
+    With WIDE as Vᵀ @ (k_lift · w · base(k)): where values are wider than a chunk, fewer numbers
+    are multiplied outside the tensor cores.
+    """
     i_tile = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_split = tl.program_id(2).to(tl.int64)
@@ -81,8 +86,12 @@ def build_kernel(
         sel_a = tl.load(selections + o_sel)  # [D, KC]
         sel_b = tl.load(selections + CHUNKS * D * KC + o_sel)
 
-    acc = tl.zeros([L * DV, KC], dtype=tl.float32)
-    column_sums = tl.zeros([BT, L * DV], dtype=tl.float32)
+    if WIDE:
+        acc = tl.zeros([DV, L * KC], dtype=tl.float32)
+        column_sums = tl.zeros([BT, DV], dtype=tl.float32)
+    else:
+        acc = tl.zeros([L * DV, KC], dtype=tl.float32)
+        column_sums = tl.zeros([BT, L * DV], dtype=tl.float32)
     begin = i_split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, tokens)
     for start in range(begin, end, BT):
@@ -121,24 +130,41 @@ def build_kernel(
                 other=0.0,
             )
             base = narrow(base.to(tl.float32), OPERAND)
-        if WEIGHTED:
-            v = v * w[:, None]
-            if FINITE:
-                # A product of two values of the operands' dtype is half the work.
-                v = narrow(v, OPERAND).to(tl.float32)
-        if LIFTED:
-            v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
-        if COLUMN_SUM:
-            # Added up over rows only once: a reduction makes warps wait for each other.
-            column_sums += v
-        acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
+        if WIDE:
+            features = base.to(tl.float32)
+            if WEIGHTED:
+                features = features * w[:, None]
+            if COLUMN_SUM:
+                # Added up over rows only once: a reduction makes warps wait for each other.
+                column_sums += v * w[:, None] if WEIGHTED else v
+            if LIFTED:
+                features = tl.reshape(k_lift[:, :, None] * features[:, None, :], [BT, L * KC])
+            acc = dot(tl.trans(narrow(v, OPERAND)), narrow(features, OPERAND), acc, PRECISION)
+        else:
+            if WEIGHTED:
+                v = v * w[:, None]
+                if FINITE:
+                    # A product of two values of the operands' dtype is half the work.
+                    v = narrow(v, OPERAND).to(tl.float32)
+            if LIFTED:
+                v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
+            if COLUMN_SUM:
+                column_sums += v
+            acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
 
     tiles = tl.num_programs(0)
     row = (i_split * tl.num_programs(1) + i_bh) * tiles + i_tile
-    o_row = tl.arange(0, L * DV)
-    tl.store(partial + (row * (L * DV) + o_row)[:, None] * KC + o_c[None, :], acc)
+    p_partial = partial + row * (L * DV * KC)
+    if WIDE:
+        o_f = tl.arange(0, L * KC)
+        o_row = o_f // KC * DV
+        tl.store(p_partial + (o_row[None, :] + o_v[:, None]) * KC + (o_f % KC)[None, :], acc)
+    else:
+        o_row = tl.arange(0, L * DV)
+        tl.store(p_partial + o_row[:, None] * KC + o_c[None, :], acc)
     if COLUMN_SUM and i_tile == 0:
-        p_sum = partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_row
+        # L is 1 here.
+        p_sum = partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_v
         tl.store(p_sum, tl.sum(column_sums, axis=0))
 
 
@@ -261,9 +287,9 @@ def read_kernel(
         if TERMS == 3:
             i_first = tl.load(first + c)
             for i in range(tl.load(count + c)):
-                acc += _lifted(
-                    base, s_top, i_bh * tiles + i_first + i, p_query, o_m, live, q_n,
-                    i * L, head_dim, o_c, o_lv, BM, DV, KC, L, PRECISION,
+                acc = _lifted(
+                    acc, base, s_top, i_bh * tiles + i_first + i, p_query, o_m, live, q_n,
+                    i * L, head_dim, o_c, o_lv, BM, DV, KC, L, OPERAND, PRECISION,
                 )  # fmt: skip
     if TERMS >= 4:
         for c in range(PAIR_CHUNKS):
@@ -281,9 +307,9 @@ def read_kernel(
             acc = dot(base, s, acc, PRECISION)
             i_first = tl.load(first + c)
             for i in range(tl.load(count + c)):
-                acc += _lifted(
-                    base, s_top, i_bh * tiles + i_first + i, p_query, o_m, live, q_n,
-                    i * L, head_dim, o_c, o_lv, BM, DV, KC, L, PRECISION,
+                acc = _lifted(
+                    acc, base, s_top, i_bh * tiles + i_first + i, p_query, o_m, live, q_n,
+                    i * L, head_dim, o_c, o_lv, BM, DV, KC, L, OPERAND, PRECISION,
                 )  # fmt: skip
     mass = tl.load(z_0 + i_bh)
     den = mass + tl.sum(q.to(tl.float32) * gradient, axis=1)
@@ -304,6 +330,7 @@ def read_kernel(
 
 @triton.jit
 def _lifted(
+    acc,
     base,
     s_top,
     tile,
@@ -319,18 +346,21 @@ def _lifted(
     DV: tl.constexpr,
     KC: tl.constexpr,
     L: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_l q_(lift + l) · (base @ s_top[tile, l]), [BM, DV]."""
-    o_l = lift + tl.arange(0, L)
+    """acc + Σ_l q_(lift + l) · (base @ s_top[tile, l]), [BM, DV]."""
     # Before the product, which hides the load.
+    s = tl.load(s_top + (tile * KC + o_c)[:, None] * (L * DV) + o_lv[None, :])  # [KC, L * DV]
+    if L == 1:
+        q_one = tl.load(p_query + o_m * q_n + lift, mask=live & (lift < head_dim), other=0.0)
+        lifted = narrow(base.to(tl.float32) * q_one.to(tl.float32)[:, None], OPERAND)
+        return dot(lifted, s, acc, PRECISION)
+    o_l = lift + tl.arange(0, L)
     q_lift = tl.load(
         p_query + o_m[:, None] * q_n + o_l[None, :],
         mask=live[:, None] & (o_l < head_dim)[None, :],
         other=0.0,
     ).to(tl.float32)
-    s = tl.load(s_top + (tile * KC + o_c)[:, None] * (L * DV) + o_lv[None, :])  # [KC, L * DV]
     t = dot(base, s, tl.zeros([BM, L * DV], dtype=tl.float32), PRECISION)
-    if L == 1:
-        return t * q_lift
-    return tl.sum(tl.reshape(t, [BM, L, DV]) * q_lift[:, :, None], axis=1)
+    return acc + tl.sum(tl.reshape(t, [BM, L, DV]) * q_lift[:, :, None], axis=1)

@@ -34,6 +34,7 @@ def full_memory_bytes(
     *,
     processors: int = 132,
     config: FullConfig | None = None,
+    divided: bool = False,
 ) -> int:
     """Peak of what `triton_full.sums` allocates, in bytes.
 
@@ -50,8 +51,10 @@ def full_memory_bytes(
         dtype: of the input.
         processors: the GPU's multiprocessors, on which the split over keys depends.
         config: tile sizes; None for those that `triton_full.sums` chooses.
+        divided: the read writes finished attention into the caller's tensor, so that of the
+            results only denominators count.
     """
-    results = _results(batch_heads, queries, value_dim)
+    results = _results(batch_heads, queries, 0 if divided else value_dim)
     if terms == 1:
         # Values in fp32, and again with their weights.
         return results + 2 * batch_heads * keys * value_dim * _FP32

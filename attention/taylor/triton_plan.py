@@ -8,9 +8,10 @@ With base features B, values V and queries q the highest degree contributes
 ``Σ_chunks Σ_i q_i · (B(q)_chunk @ S[chunk, i])``, ``S[chunk, i] = B(k)_chunkᵀ (k_i · V) / α!``
 
 so a feature of the highest degree is never formed and nothing is gathered: a product with a
-coordinate is an fp32 factor on the accumulator (the quadratic-form loop, one degree higher).
-Pairs of coordinates are formed by two products with 0/1 selection matrices, which are exact, in
-the build, and gathered in the read.
+coordinate is an fp32 factor on the accumulator (the quadratic-form loop, one degree higher),
+or on the base features where values are wider than a chunk of them. Pairs of coordinates are
+formed by two products with 0/1 selection matrices, which are exact, in the build, and gathered
+in the read.
 """
 
 from __future__ import annotations
@@ -108,23 +109,17 @@ def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
             build_stages=1,
             read_stages=1,
         )
+    chunk = min(64 if terms >= 4 else 32, narrow)
     lifts = max(1, 128 // wide)
-    if terms >= 4:
-        return FullConfig(
-            chunk=min(64, narrow),
-            lifts=lifts,
-            build_lifts=2 * lifts,
-            block_m=64,
-            build_warps=4,
-            read_warps=4,
-            build_stages=2,
-        )
     return FullConfig(
-        chunk=min(32, narrow),
+        chunk=chunk,
         lifts=lifts,
-        build_lifts=2 * lifts,
+        # A tile of the build holds 128 lifted features where values are wider than a chunk.
+        build_lifts=max(2 * lifts, 128 // chunk) if wide > 64 else 2 * lifts,
         block_m=64,
-        build_warps=4,
+        # Pairs of coordinates and wide tiles together need more registers.
+        build_warps=8 if terms >= 4 and wide > 32 else 4,
+        build_stages=2 if terms >= 4 and wide > 32 else 3,
         read_warps=4,
     )
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .triton_numeric import narrow
+from .triton_numeric import dot, narrow
 
 
 @triton.jit
@@ -13,9 +13,12 @@ def lay_kernel(
     other_mean,
     out,
     exponents,
+    errors,
+    matrix,
     heads,
     tokens,
     width,
+    rank,
     root,
     other_root,
     x_b,
@@ -23,13 +26,19 @@ def lay_kernel(
     x_n,
     PARTS: tl.constexpr,
     W: tl.constexpr,
+    R: tl.constexpr,
     BT: tl.constexpr,
     CENTRE: tl.constexpr,
     EXPONENTS: tl.constexpr,
+    ERRORS: tl.constexpr,
+    PROJECT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out[bh, part] = root · (x - mean) of each slice, [BT, W], and its product with other_mean.
 
     BT tokens, W padded width of a slice. ``mean`` and ``other_mean`` are [BH, PARTS * width].
+    With PROJECT the slice's [width, rank] ``matrix`` is applied, rank padded to R. With ERRORS
+    errors[block, bh, part] is the sum over tokens of what rounding to the output took away.
     """
     i_part = tl.program_id(1) % PARTS
     i_bh = (tl.program_id(1) // PARTS).to(tl.int64)
@@ -51,5 +60,23 @@ def lay_kernel(
         tl.store(
             exponents + i_row * tokens + o_t, tl.sum(rows * other[None, :], axis=1), mask=live
         )
-    p_out = out + (i_row * tokens + o_t)[:, None] * width + o_w[None, :]
-    tl.store(p_out, narrow(rows, out.dtype.element_ty), mask=inside)
+    p_row = (i_row * tokens + o_t)[:, None]
+    if PROJECT:
+        o_r = tl.arange(0, R)
+        m = tl.load(
+            matrix + (i_row * width + o_w)[:, None] * rank + o_r[None, :],
+            mask=(o_w < width)[:, None] & (o_r < rank)[None, :],
+            other=0.0,
+        )
+        rows = dot(tl.where(inside, rows, 0.0), m, tl.zeros([BT, R], tl.float32), PRECISION)
+        p_out = out + p_row * rank + o_r[None, :]
+        kept = live[:, None] & (o_r < rank)[None, :]
+        tl.store(p_out, narrow(rows, out.dtype.element_ty), mask=kept)
+    else:
+        rounded = narrow(rows, out.dtype.element_ty)
+        if ERRORS:
+            lost = tl.where(inside, rows - rounded.to(tl.float32), 0.0)
+            slices = tl.num_programs(1)
+            p_error = errors + (tl.program_id(0).to(tl.int64) * slices + i_row) * width + o_w
+            tl.store(p_error, tl.sum(lost, axis=0), mask=o_w < width)
+        tl.store(out + p_row * width + o_w[None, :], rounded, mask=inside)

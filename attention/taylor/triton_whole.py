@@ -1,31 +1,59 @@
 """Taylor attention of whole heads in Triton: prepared, summed and divided in few passes.
 
-The same numbers as `attend` with the fully fused sums: scale, split, centring, sums, division.
-There they are a dozen passes of torch over fp32 copies, which take longer than the sums; here
-query, key and value are read twice, once for their means and once to be laid out.
+The same numbers as `attend` with the fully fused sums: scale, split, centring, projection, sums,
+division. There they are dozens of passes of torch over fp32 copies, which take longer than the
+sums; here query, key and value are read twice, once for their means and once to be laid out.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from .triton_full import Division, build, read
 from .triton_plan import FullConfig, check_config, default_config, padded
+from .triton_project import MAX_RANK, MAX_WIDTH, factors, precision
 from .triton_support import interpreted, kernels, operand_dtype, rows_contiguous
 
 _BLOCK_T = 64
 
 
-def whole_bytes(queries: int, keys: int, head_dim: int, parts: int, size: int) -> int:
-    """Bytes of the prepared copies of one head, value as wide as key; operands of ``size``."""
-    return (queries + 2 * keys) * head_dim * size + 2 * keys * parts * 4
+def whole_bytes(
+    queries: int, keys: int, head_dim: int, value_dim: int, parts: int, rank: int, size: int
+) -> int:
+    """Bytes of what is prepared of one head, operands of ``size``; ``rank`` 0: not projected.
+
+    Moments and the sums of roundings are less than the partial sums that come when they are gone.
+    """
+    width = rank * parts or head_dim
+    return ((queries + keys) * width + keys * value_dim) * size + keys * parts * 4
+
+
+def takes(head_dim: int, parts: int, rank: int) -> bool:
+    """Whether slices of these heads can be prepared here."""
+    return rank == 0 or (head_dim // parts <= MAX_WIDTH and rank <= MAX_RANK)
 
 
 def _means(x: torch.Tensor) -> torch.Tensor:
     """``[BH, D]`` fp32, contiguous."""
     return x.mean(dim=2, dtype=torch.float32).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """Slices ``[B, H · parts, N, width]`` in the operands' dtype, and what came with them.
+
+    Attributes:
+        rows: centred, scaled, projected.
+        exponents: ``[B, H · parts, N]`` fp32, their products with the other side's mean.
+        lost: ``[B · H · parts, width]`` fp32, the mean of what rounding took away.
+    """
+
+    rows: torch.Tensor
+    exponents: torch.Tensor | None
+    lost: torch.Tensor | None
 
 
 def _lay(
@@ -36,36 +64,46 @@ def _lay(
     *,
     other_mean: torch.Tensor | None = None,
     other_root: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Slices ``[B, H · parts, N, D / parts]`` in the operands' dtype, and their exponents."""
+    matrix: torch.Tensor | None = None,
+    errors: bool = False,
+) -> _Laid:
     batch, heads, tokens, head_dim = x.shape
     width = head_dim // parts
-    out = x.new_empty(batch, heads * parts, tokens, width, dtype=operand_dtype(x.dtype))
-    exponents = None
+    columns = matrix.shape[2] if matrix is not None else width
+    out = x.new_empty(batch, heads * parts, tokens, columns, dtype=operand_dtype(x.dtype))
+    blocks, slices = math.ceil(tokens / _BLOCK_T), batch * heads * parts
+    exponents = lost = None
     if other_mean is not None:
         exponents = x.new_empty(batch, heads * parts, tokens, dtype=torch.float32)
-    kernels("triton_prepare_kernels").lay_kernel[
-        (math.ceil(tokens / _BLOCK_T), batch * heads * parts)
-    ](
+    if errors:
+        lost = x.new_empty(blocks, slices, width, dtype=torch.float32)
+    kernels("triton_prepare_kernels").lay_kernel[(blocks, slices)](
         x,
         mean if mean is not None else x,
         other_mean if other_mean is not None else x,
         out,
         exponents if exponents is not None else x,
+        lost if lost is not None else x,
+        matrix if matrix is not None else x,
         heads,
         tokens,
         width,
+        columns,
         root,
         other_root,
         *x.stride()[:3],
         PARTS=parts,
         W=padded(width),
+        R=padded(columns),
         BT=_BLOCK_T,
         CENTRE=mean is not None,
         EXPONENTS=exponents is not None,
+        ERRORS=lost is not None,
+        PROJECT=matrix is not None,
+        PRECISION=precision(x.dtype),
         num_warps=4,
     )
-    return out, exponents
+    return _Laid(out, exponents, lost.sum(0).div_(tokens) if lost is not None else None)
 
 
 def attention(
@@ -76,6 +114,7 @@ def attention(
     terms: int,
     *,
     parts: int,
+    rank: int,
     centre_queries: bool,
     centre_keys: bool,
     centre_values: bool,
@@ -96,6 +135,7 @@ def attention(
         scale: factor on q·k of a whole head; may be negative.
         terms: P, 2 to 4.
         parts: slices of a head, each an attention of its own; divides D and Dv.
+        rank: of the projection of each slice, see `projection`; 0 for none.
         centre_queries: see `centring.centre`.
         centre_keys: likewise.
         centre_values: likewise.
@@ -109,34 +149,52 @@ def attention(
     """
     batch, heads, _, head_dim = query.shape
     value_dim = value.shape[3] // parts
-    config = config or default_config(head_dim // parts, value_dim, terms, query.dtype)
-    check_config(config, head_dim // parts, value_dim, terms, operand_dtype(query.dtype))
+    width = rank or head_dim // parts
+    config = config or default_config(width, value_dim, terms, query.dtype)
+    check_config(config, width, value_dim, terms, operand_dtype(query.dtype))
     root = (abs(scale) * parts**0.5) ** 0.5
     query_root = root if scale >= 0 else -root
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         query, key, value = (rows_contiguous(x) for x in (query, key, value))
         query_mean = _means(query) if centre_queries else None
+        key_mean = _means(key) if centre_keys else None
         value_mean = _means(value) if centre_values else None
-        q, _ = _lay(query, query_mean, query_root, parts)
-        k, exponents = _lay(
+        of_query = of_key = None
+        if rank:
+            of_query, of_key = factors(
+                query,
+                key,
+                rank,
+                query_mean=query_mean,
+                key_mean=key_mean,
+                query_root=query_root,
+                key_root=root,
+                parts=parts,
+            )
+        q = _lay(query, query_mean, query_root, parts, matrix=of_query).rows
+        laid = _lay(
             key,
-            _means(key) if centre_keys else None,
+            key_mean,
             root,
             parts,
             other_mean=query_mean,
             other_root=query_root,
+            matrix=of_key,
         )
-        v, _ = _lay(value, value_mean, 1.0, parts)
-        weights = None
-        if exponents is not None:
-            weights = exponents.sub_(exponents.amax(dim=-1, keepdim=True)).exp_()
-        statistics = build(k, v, terms, weights=weights, config=config, finite=True)
+        k, weights = laid.rows, laid.exponents
+        if weights is not None:
+            weights = weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+        # Values lie on the grid of their dtype, so the mean is rounded away alike in all of
+        # them, an error that does not average out.
+        narrowed = value_mean is not None and operand_dtype(value.dtype) != torch.float32
+        laid = _lay(value, value_mean, 1.0, parts, errors=narrowed)
+        v, lost = laid.rows, laid.lost
         if value_mean is None:
             value_mean = query.new_zeros(batch * heads, value.shape[3], dtype=torch.float32)
-        elif v.dtype != torch.float32:
-            # Values lie on the grid of their dtype, so the mean is rounded away alike in all of
-            # them, an error that does not average out. What was really taken out is added again.
-            value_mean -= _means(v).view_as(value_mean)
-        division = Division(out, value_mean.view(-1, value_dim), parts, eps, round_denominators)
+        value_mean = value_mean.view(-1, value_dim)
+        if lost is not None:
+            value_mean += lost
+        statistics = build(k, v, terms, weights=weights, config=config, finite=True)
+        division = Division(out, value_mean, parts, eps, round_denominators)
         _, denominator = read(q, statistics, terms, value_dim, config=config, division=division)
     return denominator

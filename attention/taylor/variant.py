@@ -177,7 +177,8 @@ class TaylorVariant(Variant):
         keys, value_dim = job.value.shape[2:]
         sizes = Shape(batch, heads, queries, keys, head_dim, value_dim)
         path, stream = job.choice.path, job.stream
-        kind = (path, sizes, query.dtype, settings.P, job.options, stream)
+        weighted = job.weights is not None
+        kind = (path, sizes, query.dtype, settings.P, job.options, stream, weighted)
         self._reservation.ask(
             kind,
             lambda: (
@@ -190,6 +191,7 @@ class TaylorVariant(Variant):
                     job.options,
                     query.device,
                     stream=stream,
+                    weighted=weighted,
                 )
             ),
             query.device,

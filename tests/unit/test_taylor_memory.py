@@ -15,7 +15,14 @@ import torch
 from support.held_bytes import HeldBytes
 
 from attnscope.attention.sums_paths import Path
-from attnscope.attention.taylor import kernel, memory, triton_full, triton_stream
+from attnscope.attention.taylor import (
+    kernel,
+    memory,
+    triton_full,
+    triton_project,
+    triton_stream,
+    triton_whole,
+)
 from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.memory import Shape, working_bytes
 from attnscope.attention.taylor.paths import TritonSums
@@ -87,14 +94,15 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and splits of a large GPU, kernels that do nothing."""
     names = ("build_kernel", "reduce_kernel", "read_kernel")
     chunked = ("build_chunk_kernel", "read_chunk_kernel")
+    preparing = ("lay_kernel", "moment_kernel", "factors_kernel")
     module = SimpleNamespace(
         tl=SimpleNamespace(float32=0, bfloat16=1),
-        **{name: NoKernel() for name in (*names, *chunked)},
+        **{name: NoKernel() for name in (*names, *chunked, *preparing)},
     )
     monkeypatch.setattr(kernel, "CPU_BUDGET", kernel.DEVICE_BUDGET)
     monkeypatch.setattr(memory, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton_full, "multiprocessors", lambda device: 132)
-    for where in (triton_full, triton_stream):
+    for where in (triton_full, triton_project, triton_stream, triton_whole):
         monkeypatch.setattr(where, "kernels", lambda name: module)
 
 
@@ -141,21 +149,29 @@ TRITON_CASES: dict[str, tuple[Path, Shape, torch.dtype, int, Options, StreamConf
 
 @pytest.mark.usefixtures("pretended_gpu")
 @pytest.mark.parametrize("case", TRITON_CASES)
-def test_the_estimates_of_the_triton_paths_are_near_what_is_held(case: str) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_estimates_of_the_triton_paths_are_near_what_is_held(
+    case: str, weighted: bool
+) -> None:
     path, shape, dtype, terms, options, stream = TRITON_CASES[case]
     query = torch.ones(shape.batch, shape.heads, shape.queries, shape.head_dim, dtype=dtype)
     key = torch.ones(shape.batch, shape.heads, shape.keys, shape.head_dim, dtype=dtype)
     value = torch.ones(shape.batch, shape.heads, shape.keys, shape.value_dim, dtype=dtype)
     sums = TritonSums(path, dtype, stream)
+    weights = torch.ones(1, 1, shape.keys) if weighted else None
 
     def attend() -> None:
-        taylor_attention(query, key, value, 0.1, terms, options=options, sums=sums)
+        taylor_attention(
+            query, key, value, 0.1, terms, weights=weights, options=options, sums=sums
+        )
 
     # Tables that are kept from call to call are no call's working memory.
     attend()
     with HeldBytes() as held:
         attend()
-    estimate = working_bytes(path, shape, dtype, terms, options, CPU, stream=stream)
+    estimate = working_bytes(
+        path, shape, dtype, terms, options, CPU, stream=stream, weighted=weighted
+    )
     assert held.peak == pytest.approx(estimate, rel=0.15)
 
 

@@ -72,8 +72,7 @@ FULL = [
     (32, 32, 3, torch.float16),
     (32, 128, 3, torch.bfloat16),
     (64, 64, 3, torch.bfloat16),
-    (96, 96, 3, torch.bfloat16),
-    (128, 128, 3, torch.bfloat16),
+    (72, 96, 3, torch.bfloat16),
     (8, 16, 4, torch.float32),
     (20, 24, 4, torch.bfloat16),
     (32, 32, 4, torch.bfloat16),
@@ -135,7 +134,7 @@ def test_weights_count_and_masked_keys_may_hold_anything(sums, terms, per_head):
 
 @pytest.mark.parametrize(("sums", "terms"), paths())
 def test_equal_inputs_give_equal_bits(sums, terms):
-    query, key, value = tensors(16, 16, torch.bfloat16, heads=2)
+    query, key, value = tensors(8, 16, torch.bfloat16, heads=2)
     first, second = (sums(query, key, value, terms) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -238,7 +237,7 @@ def test_dtypes_and_sizes_that_no_kernel_takes_are_refused():
 
 def test_splits_fill_the_processors_and_never_get_tiny():
     assert split_count(1, 100_000, 132) == 100_000 // 512
-    assert split_count(96, 16_896, 132) == math.ceil(264 / 96)
+    assert split_count(96, 16_896, 132) == math.ceil(8 * 132 / 96)
     assert split_count(1, 100, 132) == 1
 
 
@@ -256,20 +255,24 @@ def test_both_paths_stand_in_for_the_torch_sums(path, weighted):
         assert_close(found, wanted, torch.float32)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (130, 131)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (65, 67)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_four_terms_in_16_bits_at_odd_lengths(queries, keys, weighted):
-    query, key, value = tensors(32, 32, torch.bfloat16, queries=queries, keys=keys)
-    weights = torch.rand(1, 1, keys) + 0.1 if weighted else None
+    query, key, value = tensors(16, 16, torch.bfloat16, queries=queries, keys=keys)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(1, 1, keys, generator=generator) + 0.1 if weighted else None
     found = triton_full.sums(query, key, value, 4, weights=weights)
     wanted = reference(query, key, value, 4, weights)
-    assert nmse(found[0], wanted[0]) <= 1e-5 and nmse(found[1], wanted[1]) <= 1e-5
+    # Of so few terms some sums cancel: errors are relative to what would be left without.
+    scale = reference(query, key, value.abs(), 4, weights)[0].square().sum()
+    assert (found[0].double() - wanted[0]).square().sum() <= 1e-5 * scale
+    assert nmse(found[1], wanted[1]) <= 1e-5
 
 
 def test_tile_sizes_that_compile_to_wrong_code_are_refused():
-    query, key, value = tensors(32, 32, torch.bfloat16)
+    query, key, value = tensors(16, 16, torch.bfloat16)
     config = FullConfig(chunk=64)
-    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 32, .* P 4; allowed: up to 32"):
+    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 16, .* P 4; allowed: up to 16"):
         triton_full.sums(query, key, value, 4, config=config)
     triton_full.sums(query, key, value, 3, config=config)
     with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
@@ -288,19 +291,23 @@ def test_tile_sizes_that_compile_to_wrong_code_are_refused():
         ({"centre_keys": False, "centre_values": False}, -0.1, torch.float32),
         ({"round_denominators": True}, 0.1, torch.float16),
         ({}, 0.1, torch.bfloat16),
+        ({"feature_projection": 8}, 0.1, torch.float32),
+        ({"feature_projection": 20, "sub_head_blocks": 1}, -0.05, torch.bfloat16),
+        ({"feature_projection": 8, "centre_queries": False}, 0.1, torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("terms", [2, 3])
-def test_whole_heads_in_few_passes_match_float64(change, scale, dtype, terms):
+def test_whole_heads_in_few_passes_match_float64(change, scale, dtype):
+    terms = 3
+    batch = 1 if change else 2
     generator = torch.Generator().manual_seed(3)
     # Means far from 0, tokens before heads in memory, as a projection leaves them.
     query, key, value = (
-        (torch.randn(2, 67, 2, 32, generator=generator) + 0.5).to(dtype).transpose(1, 2)
+        (torch.randn(batch, 67, 2, 32, generator=generator) + 0.5).to(dtype).transpose(1, 2)
         for _ in range(3)
     )
     options = Options(**({"sub_head_blocks": 2, "sub_head_mode": "independent"} | change))
     _, sums = pick("full", StreamConfig(), options, query, value, terms)
-    assert sums.takes_whole(terms, options)
+    assert sums.takes_whole(terms, options, 32)
     found = taylor_attention(query, key, value, scale, terms, options=options, sums=sums)
     exact = (x.double() for x in (query, key, value))
     wanted = taylor_attention(*exact, scale, terms, options=options)
@@ -312,18 +319,32 @@ def test_whole_heads_in_few_passes_match_float64(change, scale, dtype, terms):
     assert nmse(mean, wanted.out) > 10 * bound
 
 
-def test_rounding_of_centred_values_averages_out():
+@pytest.mark.parametrize(
+    ("options", "path", "weighted"),
+    [
+        (Options(), "full", False),
+        (Options(), "full", True),
+        (Options(sub_head_blocks=2), "full", False),
+        (Options(sub_head_blocks=2), "streaming", True),
+        (Options(feature_projection=24), "full", False),
+    ],
+)
+def test_rounding_of_centred_values_averages_out(options, path, weighted):
     generator = torch.Generator().manual_seed(3)
     query, key, value = (
         torch.randn(1, 1, 400, 32, generator=generator).to(torch.bfloat16) for _ in range(3)
     )
-    options = Options()
-    _, sums = pick("full", StreamConfig(), options, query, value, 3)
-    found = taylor_attention(query, key, value, 32**-0.5, 3, options=options, sums=sums).out
-    exact = (x.double() for x in (query, key, value))
-    wanted = taylor_attention(*exact, 32**-0.5, 3, options=options).out
+    weights = torch.rand(1, 1, 400, generator=generator) if weighted else None
+    _, sums = pick(path, StreamConfig(), options, query, value, 3)
+
+    def attend(*tensors, **given):
+        answer = taylor_attention(*tensors, 32**-0.5, 3, weights=weights, options=options, **given)
+        return answer.out
+
+    found = attend(query, key, value, sums=sums)
+    wanted = attend(*(x.double() for x in (query, key, value)))
     # The mean's own rounding would make 1e-4, and more with more keys.
-    assert nmse(found, wanted) < 1.5e-5
+    assert nmse(found, wanted) < 2e-5
 
 
 @pytest.mark.parametrize("mode", ["independent", "shared"])
