@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -26,7 +27,16 @@ from . import far, select
 from .attend import Attended, Options, picked_tiles, window_tiles
 from .pool import Pooled, sampled_slots
 from .tiles import SLOTS, tile_count
-from .triton_plan import Config, default_config, heads_together, padded, wide_dtype
+from .triton_plan import (
+    PROGRAMS,
+    Config,
+    Sizes,
+    default_config,
+    heads_together,
+    padded,
+    refusal,
+    wide_dtype,
+)
 from .triton_tables import FLAG_BITS, Tables, tables
 
 _SHARE_BLOCKS = 8
@@ -146,42 +156,69 @@ def tiled_attention_triton(
     Raises:
         ValueError: shapes, dtypes or a scale that this path does not take.
     """
-    check_inputs(query, key, value, None)
-    batch, heads, tokens, _ = query.shape
-    if layout.tokens != tokens or key.shape[2] != tokens:
-        raise ValueError(
-            f"layout: holds {layout.tokens} tokens; allowed: those of query ({tokens}) and key "
-            f"({key.shape[2]})"
-        )
-    if not scale > 0 or not layout.grids:
-        raise ValueError(
-            f"scale: {scale}, grids: {len(layout.grids)}; allowed: above 0, and one or more"
-        )
-    picks = picked_tiles(tile_count(layout), layout, options)
-    config = config or default_config(query.dtype, query.shape[3], value.shape[3], picks)
-    query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    mass = None
+    if wants_log_mass:
+        mass = query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
-        table = tables(layout, options.radius, options.block, config.together, query.device)
-        least = min(window_tiles(grid, options.radius) for grid in layout.grids)
-        out = query.new_empty(batch, heads, tokens, value.shape[3])
-        mass = None
-        if wants_log_mass:
-            mass = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-        job = Job(
-            query, key, value, out, mass, scale, table, options, picks,
-            picks > 0 or least < table.tiles, config,
-        )  # fmt: skip
+        job = make_job(query, key, value, out, mass, scale, layout, options, config)
         # Only the kernel knows the mass of text queries; SDPA is faster at the rest.
-        dense = layout.text_tokens > 0 and not wants_log_mass and not config.text_in_kernel
+        dense = layout.text_tokens > 0 and not wants_log_mass and not job.config.text_in_kernel
         if dense:
             text = layout.text_tokens
             out[:, :, :text] = torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, :text], key, value, scale=scale
             )
-        step = heads_together(job.tables, batch * heads, *job.widths, query.dtype, options, picks)
-        for first in range(0, batch * heads, step):
-            attend_heads(job, first, min(step, batch * heads - first), skip_text=dense)
-        return Attended(out, mass)
+        for first, count in head_runs(job):
+            attend_heads(job, first, count, skip_text=dense)
+    return Attended(out, mass)
+
+
+def make_job(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    mass: torch.Tensor | None,
+    scale: float,
+    layout: TokenLayout,
+    options: Options,
+    config: Config | None,
+) -> Job:
+    """Check a call and settle what all its heads share; arguments as `tiled_attention_triton`'s.
+
+    Raises:
+        ValueError: shapes, dtypes or a scale that this path does not take.
+    """
+    check_inputs(query, key, value, None)
+    tokens = query.shape[2]
+    if layout.tokens != tokens or key.shape[2] != tokens:
+        raise ValueError(
+            f"layout: holds {layout.tokens} tokens; allowed: those of query ({tokens}) and key "
+            f"({key.shape[2]})"
+        )
+    if not layout.grids:
+        raise ValueError("layout: holds no grid; allowed: one or more")
+    reason = refusal(query.dtype, query.shape[3], value.shape[3], scale)
+    if reason:
+        raise ValueError(f"Triton path: {reason}")
+    picks = picked_tiles(tile_count(layout), layout, options)
+    config = config or default_config(query.dtype, picks)
+    table = tables(layout, options.radius, options.block, config.together, query.device)
+    least = min(window_tiles(grid, options.radius) for grid in layout.grids)
+    return Job(
+        rows_contiguous(query), rows_contiguous(key), rows_contiguous(value), out, mass,
+        scale, table, options, picks, picks > 0 or least < table.tiles, config,
+    )  # fmt: skip
+
+
+def head_runs(job: Job) -> Iterator[tuple[int, int]]:
+    """First head and number of heads that are computed at a time, of the B·H."""
+    total = job.query.shape[0] * job.query.shape[1]
+    sizes = Sizes(job.tables.tiles, job.tables.all_tiles, *job.widths)
+    step = heads_together(sizes, total, job.query.dtype, job.options, job.picks)
+    for first in range(0, total, step):
+        yield first, min(step, total - first)
 
 
 def attend_heads(job: Job, first: int, count: int, *, skip_text: bool) -> None:
@@ -212,7 +249,7 @@ def pool_tiles(job: Job, first: int, heads: int) -> TritonPooled:
     needs_cross = job.has_far and (options.first_order or job.picks > 0)
     needs_spread = job.has_far and options.correction
     query = key = value = cross = norm = partial = near_key
-    parts = max(1, math.ceil(4 * multiprocessors(job.query.device) / heads))
+    parts = max(1, math.ceil(PROGRAMS * multiprocessors(job.query.device) / heads))
     per_program = math.ceil(table.all_tiles / min(parts, table.all_tiles))
     parts = math.ceil(table.all_tiles / per_program)
     if job.has_far:
@@ -339,8 +376,9 @@ def weigh(
         MOST=far.MOST,
         DAMPING=far.DAMPING,
         WIDE=_triton_dtype(job.wide),
-        PRECISION=job.precision,
-        num_warps=4,
+        # What mean queries lose in one tf32 product is far below what bf16 has lost.
+        PRECISION=job.precision if job.wide == torch.float32 else "tf32",
+        num_warps=8,
     )  # fmt: skip
     return weights[:, :, :tiles]
 
@@ -407,5 +445,3 @@ def loop(
         num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip
-
-

@@ -32,7 +32,7 @@ def _correction(raw, BEND: tl.constexpr, MOST: tl.constexpr):
     return tl.minimum(_divide(raw, 1.0 + BEND * raw), MOST) * LOG2E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "heads", "tiles", "all_tiles", "per_program"])
 def pool_kernel(
     query,
     key,
@@ -148,7 +148,7 @@ def pool_kernel(
         tl.store(partial + i_partial * (D * D) + o_d[:, None] * D + o_d[None, :], total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "all_tiles"])
 def share_kernel(
     near_key,
     mean_key,
@@ -220,7 +220,7 @@ def _tile_scores(
     return tl.where(exact != 0, float("-inf"), s), raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "blocks", "exact_g"])
 def weigh_kernel(
     mean_query,
     mean_key,
@@ -290,7 +290,18 @@ def weigh_kernel(
         tl.store(p_weights, narrow(w, WIDE), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_head",
+        "heads",
+        "tiles",
+        "all_tiles",
+        "blocks",
+        "first_group",
+        "picks",
+        "exact_g",
+    ]
+)
 def attend_kernel(
     query,
     out,

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
-from .attend import Options
-from .tiles import SLOTS
-from .triton_tables import Tables
+from ..token_layout import TokenLayout
+from .attend import Options, picked_tiles
+from .tiles import SLOTS, tile_count
 
 MAX_WIDTH = 128
 """Widest head that the kernels take: accumulators of more don't fit the registers."""
 
 WORKING_BYTES = 1536 * 2**20
 """Copies, terms and weights of the heads that are computed at a time."""
+
+PROGRAMS = 4
+"""Programs of the pooling for each multiprocessor; each has a partial sum of Σ̄."""
 
 _FP32 = 4
 
@@ -44,7 +47,7 @@ class Config:
     text_in_kernel: bool = False
 
 
-def default_config(dtype: torch.dtype, head_dim: int, value_dim: int, picks: int) -> Config:
+def default_config(dtype: torch.dtype, picks: int) -> Config:
     """Tile sizes for a call, as measured on an H200."""
     if dtype == torch.float32:
         return Config(together=1, far_block=32, warps=8, stages=1)
@@ -72,52 +75,90 @@ def refusal(dtype: torch.dtype, head_dim: int, value_dim: int, scale: float) -> 
     return ""
 
 
-def bytes_per_head(
-    table_tiles: int,
-    all_tiles: int,
-    width: int,
-    value_width: int,
-    dtype: torch.dtype,
-    options: Options,
-    picks: int,
-) -> int:
-    """Device memory of one head, without inputs and output.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What memory depends on.
 
-    Args:
-        table_tiles: T.
+    Attributes:
+        tiles: T.
         all_tiles: T and the tiles of text.
         width: padded width of keys.
         value_width: padded width of values.
+    """
+
+    tiles: int
+    all_tiles: int
+    width: int
+    value_width: int
+
+    @classmethod
+    def of(cls, layout: TokenLayout, head_dim: int, value_dim: int) -> Sizes:
+        """The sizes of a layout's calls."""
+        tiles = tile_count(layout)
+        text = -(-layout.text_tokens // SLOTS)
+        return cls(tiles, tiles + text, padded(head_dim), padded(value_dim))
+
+
+def bytes_per_head(sizes: Sizes, dtype: torch.dtype, options: Options, picks: int) -> int:
+    """Device memory of one head beside input and output, in bytes.
+
+    Args:
+        sizes: of the call.
         dtype: of the input.
         options: of the approximation.
         picks: tiles that each query tile picks.
     """
     size, wide = dtype.itemsize, wide_dtype(dtype).itemsize
-    blocks = table_tiles * (SLOTS // options.block)
-    total = all_tiles * SLOTS * (width + value_width) * size
-    total += table_tiles * width * _FP32 + blocks * ((width + value_width) * size + _FP32)
+    tiles, width, value_width = sizes.tiles, sizes.width, sizes.value_width
+    blocks = tiles * (SLOTS // options.block)
+    total = sizes.all_tiles * SLOTS * (width + value_width) * size
+    total += tiles * width * _FP32 + blocks * ((width + value_width) * size + _FP32)
     if options.first_order or picks:
-        total += table_tiles * (width * value_width * wide + _FP32)
+        total += tiles * (width * value_width * wide + _FP32)
     if options.first_order:
-        total += table_tiles * (width * value_width * wide + (table_tiles + 7) * wide)
+        total += tiles * (width * value_width * wide + (tiles + 7) * wide)
     if picks:
-        # Logits of tiles, their correction, its parts and scores; exact tiles as bytes.
-        total += table_tiles * (blocks * 4 * _FP32 + table_tiles * (2 * _FP32 + 1))
+        # Logits of tiles, their correction and its parts, scores; exact tiles as bytes.
+        total += tiles * (blocks * 4 * _FP32 + tiles * (2 * _FP32 + 1))
     return total
 
 
 def heads_together(
-    table: Tables,
-    heads: int,
-    width: int,
-    value_width: int,
+    sizes: Sizes, heads: int, dtype: torch.dtype, options: Options, picks: int
+) -> int:
+    """How many of B·H heads are computed at a time, in runs as equal as can be."""
+    most = max(1, WORKING_BYTES // bytes_per_head(sizes, dtype, options, picks))
+    return math.ceil(heads / math.ceil(heads / most))
+
+
+def memory_bytes(
+    layout: TokenLayout,
+    batch_heads: int,
+    head_dim: int,
+    value_dim: int,
     dtype: torch.dtype,
     options: Options,
-    picks: int,
+    *,
+    processors: int = 132,
 ) -> int:
-    """How many heads are computed at a time, in runs as equal as can be."""
-    each = bytes_per_head(
-        table.tiles, table.all_tiles, width, value_width, dtype, options, picks
-    )
-    most = max(1, WORKING_BYTES // max(1, each))
-    return math.ceil(heads / math.ceil(heads / most))
+    """Bytes that a call of the Triton path takes, with the output and without the inputs.
+
+    Args:
+        layout: of the tokens.
+        batch_heads: B·H.
+        head_dim: D.
+        value_dim: Dv.
+        dtype: of the input.
+        options: of the approximation.
+        processors: the GPU's multiprocessors, on which the partial sums of Σ̄ depend.
+    """
+    sizes = Sizes.of(layout, head_dim, value_dim)
+    picks = picked_tiles(sizes.tiles, layout, options)
+    heads = heads_together(sizes, batch_heads, dtype, options, picks)
+    total = heads * bytes_per_head(sizes, dtype, options, picks)
+    if options.correction:
+        parts = math.ceil(PROGRAMS * processors / heads) * heads
+        total += (parts + 2 * heads) * sizes.width**2 * _FP32
+    # Text's rows exist once more until they are copied to their place.
+    rows = layout.tokens + layout.text_tokens
+    return total + batch_heads * rows * value_dim * dtype.itemsize
