@@ -149,7 +149,7 @@ def heads_of(
             normal(1, heads * width, 16), size=layout.tokens, mode="linear"
         )
         x = smooth.view(1, heads, width, layout.tokens).transpose(-1, -2)
-        made.append(((x + 0.5 * normal(*x.shape)) * factor).to(dtype))
+        made.append(((x + 0.5 * normal(*x.shape)) * factor).to(dtype).contiguous())
     return made
 
 
