@@ -45,12 +45,17 @@ SCALE = HEAD_DIM**-0.5
 SIDES = (64, 128, 256)
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 CONFIGS = {
-    "2 tiles": Config(together=2, warps=8, stages=2),
-    "2 tiles, 3 stages": Config(together=2, warps=8, stages=3),
-    "1 tile": Config(together=1, warps=4, stages=2),
-    "1 tile, 3 stages": Config(together=1, warps=4, stages=3),
-    "2 tiles, text in the loop": Config(together=2, warps=8, stages=2, text_in_kernel=True),
-    "2 tiles, pooling in 2 stages": Config(together=2, warps=8, stages=2, pool_stages=2),
+    "1 tile": Config(),
+    "1 tile, 2 stages": Config(stages=2),
+    "1 tile, cached": Config(cached=True),
+    "2 tiles, cached": Config(together=2, warps=8, stages=3, cached=True),
+    "1 tile, 2 stages, cached": Config(stages=2, cached=True),
+    "2 tiles": Config(together=2, warps=8, stages=3),
+    "2 tiles, 128 registers": Config(together=2, warps=8, stages=2, registers=128),
+    "2 tiles, 128 registers, 32 keys": Config(
+        together=2, warps=8, stages=2, registers=128, far_block=32
+    ),
+    "1 tile, pooling by 4 warps": Config(pool_warps=4),
 }
 NMSE_BOUND = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-9}
 STARTED = time.monotonic()
@@ -218,6 +223,7 @@ CHECKS = {
     "16 keys a block, ragged": Check(RAGGED, options=Options(block=16)),
     "16 keys a block": Check(FULL_GRID, options=Options(block=16)),
     "8 picks": Check(FULL_GRID, options=Options(top_k=8)),
+    "text in the loop": Check(FULL_GRID, config=Config(text_in_kernel=True)),
     "8 picks, 2 tiles": Check(FULL_GRID, options=Options(top_k=8), config=CONFIGS["2 tiles"]),
     "order 0, no correction": Check(
         RAGGED, options=Options(first_order=False, correction=False, radius=0)
@@ -304,7 +310,7 @@ def phases(
     flop = tiles * 64 * (4 * (text + near + tiles) * width + 4 * width**2)
     yield timed("loop", flop, lambda: loop(job))
     for name, other in CONFIGS.items():
-        if other.text_in_kernel or other.pool_stages != config.pool_stages or other == config:
+        if replace(other, pool_warps=config.pool_warps) == config:
             continue
         try:
             changed = triton_attend.make_job(
@@ -323,12 +329,10 @@ def measure_attention(side: int) -> None:
     short = name.split("_")[0].lower()
     best_backend(query[:, :, :TEXT], key, value, f"text queries {tokens}")
     flop = 4 * tokens**2 * HEAD_DIM * HEADS
-    base = default_config(torch.bfloat16, 0)
+    base = default_config(torch.bfloat16)
     for label, config, options in (
         ("default", base, Options()),
-        ("text in the loop", replace(base, text_in_kernel=True), Options()),
-        ("pooling in 2 stages", replace(base, pool_stages=2), Options()),
-        ("1 tile", CONFIGS["1 tile"], Options()),
+        ("pooling by 4 warps", replace(base, pool_warps=4), Options()),
         ("order 0", base, Options(first_order=False)),
         ("16 keys a block", base, Options(block=16)),
         ("8 picks", None, Options(top_k=8)),

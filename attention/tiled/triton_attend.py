@@ -40,7 +40,7 @@ from .triton_plan import (
 from .triton_tables import FLAG_BITS, Tables, tables
 
 _SHARE_BLOCKS = 8
-_WEIGH_QUERIES, _WEIGH_KEYS = 64, 64
+_WEIGH_QUERIES, _WEIGH_KEYS = 16, 64
 
 
 def _kernels() -> ModuleType:
@@ -113,7 +113,6 @@ class TritonPooled:
         value: ``[G, M, Dv]``.
         cross: ``[G, T, D·Dv]``, H divided by the tile's live slots; bf16, or float32.
         norm: ``[G, T]`` float32, ‖H‖.
-        summed: ``[G, D, D]`` float32, Σ̄ times the sampled slots.
     """
 
     near_key: torch.Tensor
@@ -123,7 +122,6 @@ class TritonPooled:
     value: torch.Tensor
     cross: torch.Tensor | None
     norm: torch.Tensor | None
-    summed: torch.Tensor | None
 
 
 def tiled_attention_triton(
@@ -203,7 +201,7 @@ def make_job(
     if reason:
         raise ValueError(f"Triton path: {reason}")
     picks = picked_tiles(tile_count(layout), layout, options)
-    config = config or default_config(query.dtype, picks)
+    config = config or default_config(query.dtype)
     table = tables(layout, options.radius, options.block, config.together, query.device)
     least = min(window_tiles(grid, options.radius) for grid in layout.grids)
     return Job(
@@ -247,11 +245,7 @@ def pool_tiles(job: Job, first: int, heads: int) -> TritonPooled:
     near_key = new(heads, table.all_tiles, SLOTS, width)
     near_value = new(heads, table.all_tiles, SLOTS, value_width)
     needs_cross = job.has_far and (options.first_order or job.picks > 0)
-    needs_spread = job.has_far and options.correction
-    query = key = value = cross = norm = partial = near_key
-    parts = max(1, math.ceil(PROGRAMS * multiprocessors(job.query.device) / heads))
-    per_program = math.ceil(table.all_tiles / min(parts, table.all_tiles))
-    parts = math.ceil(table.all_tiles / per_program)
+    query = key = value = cross = norm = near_key
     if job.has_far:
         query = new(heads, tiles, width, dtype=torch.float32)
         key = new(heads, tiles * blocks, width)
@@ -259,32 +253,26 @@ def pool_tiles(job: Job, first: int, heads: int) -> TritonPooled:
     if needs_cross:
         cross = new(heads, tiles, width * value_width, dtype=job.wide)
         norm = new(heads, tiles, dtype=torch.float32)
-    if needs_spread:
-        partial = new(heads, parts, width, width, dtype=torch.float32)
-    _kernels().pool_kernel[(parts, heads)](
+    _kernels().pool_kernel[(table.all_tiles, heads)](
         job.query, job.key, job.value, table.rows, table.live,
-        near_key, near_value, query, key, value, cross, norm, partial,
-        first, job.query.shape[1], tiles, table.all_tiles, per_program, job.scale,
+        near_key, near_value, query, key, value, cross, norm,
+        first, job.query.shape[1], tiles, table.all_tiles, job.scale,
         job.query.shape[3], job.value.shape[3],
         *job.query.stride()[:3], *job.key.stride()[:3], *job.value.stride()[:3],
         D=width,
         DV=value_width,
         BLOCKS=blocks,
-        SAMPLE=_sampling(options.block)[0],
         POOLED=job.has_far,
-        SPREAD=needs_spread,
         CROSS=needs_cross,
         OPERAND=_triton_dtype(dtype),
         WIDE=_triton_dtype(job.wide),
         PRECISION=job.precision,
         num_warps=job.config.pool_warps,
-        num_stages=job.config.pool_stages,
     )  # fmt: skip
     return TritonPooled(
         near_key, near_value, query, key, value,
         cross if needs_cross else None,
         norm if needs_cross else None,
-        partial.sum(dim=1) if needs_spread else None,
     )  # fmt: skip
 
 
@@ -297,24 +285,37 @@ def _sampling(block: int) -> tuple[int, int]:
 
 def spreads(job: Job, pooled: TritonPooled) -> tuple[torch.Tensor, torch.Tensor]:
     """s ``[G, M]`` float32 and Σ̄ ``[G, D, D]`` as operands take it."""
-    assert pooled.summed is not None
     table = job.tables
     heads, width = pooled.near_key.shape[0], job.widths[0]
     total = table.tiles * job.blocks
-    share = pooled.summed.new_empty(heads, total)
-    spread = pooled.summed.new_empty(pooled.summed.shape, dtype=job.wide)
+    new = pooled.query.new_empty
+    share = new(heads, total)
+    spread = new(heads, width, width, dtype=job.wide)
+    steps = math.ceil(total / _SHARE_BLOCKS)
+    parts = min(steps, math.ceil(PROGRAMS * multiprocessors(job.query.device) / heads))
+    per_program = math.ceil(steps / parts) * _SHARE_BLOCKS
+    parts = math.ceil(total / per_program)
+    partial = new(heads, parts, width, width)
     step, samples = _sampling(job.options.block)
-    _kernels().share_kernel[(math.ceil(total / _SHARE_BLOCKS), heads)](
-        pooled.near_key, pooled.key, table.live, pooled.summed, spread, share,
+    sampling = {
+        "D": width,
+        "BLOCKS": job.blocks,
+        "SAMPLE": step,
+        "SAMPLES": samples,
+        "BB": _SHARE_BLOCKS,
+        "PRECISION": job.precision,
+        "num_warps": 8,
+    }
+    _kernels().spread_kernel[(parts, heads)](
+        pooled.near_key, pooled.key, table.live, partial, total, table.all_tiles, per_program,
+        OPERAND=_triton_dtype(job.query.dtype),
+        **sampling,
+    )  # fmt: skip
+    _kernels().share_kernel[(steps, heads)](
+        pooled.near_key, pooled.key, table.live, partial.sum(dim=1), spread, share,
         1.0 / table.sampled, total, table.all_tiles,
-        D=width,
-        BLOCKS=job.blocks,
-        SAMPLE=step,
-        SAMPLES=samples,
-        BB=_SHARE_BLOCKS,
         WIDE=_triton_dtype(job.wide),
-        PRECISION=job.precision,
-        num_warps=8,
+        **sampling,
     )  # fmt: skip
     return share, spread
 
@@ -375,10 +376,11 @@ def weigh(
         BEND=far.BEND,
         MOST=far.MOST,
         DAMPING=far.DAMPING,
+        OPERAND=_triton_dtype(job.query.dtype),
         WIDE=_triton_dtype(job.wide),
-        # What mean queries lose in one tf32 product is far below what bf16 has lost.
-        PRECISION=job.precision if job.wide == torch.float32 else "tf32",
-        num_warps=8,
+        SPLIT=job.query.dtype != torch.float32,
+        PRECISION=job.precision,
+        num_warps=4,
     )  # fmt: skip
     return weights[:, :, :tiles]
 
@@ -441,7 +443,9 @@ def loop(
         MOST=far.MOST,
         OPERAND=_triton_dtype(job.query.dtype),
         WIDE=_triton_dtype(job.wide),
+        CACHE=".ca" if config.cached else "",
         PRECISION=job.precision,
         num_warps=config.warps,
         num_stages=config.stages,
+        **({"maxnreg": config.registers} if config.registers else {}),
     )  # fmt: skip

@@ -32,7 +32,7 @@ def _correction(raw, BEND: tl.constexpr, MOST: tl.constexpr):
     return tl.minimum(_divide(raw, 1.0 + BEND * raw), MOST) * LOG2E
 
 
-@triton.jit(do_not_specialize=["first_head", "heads", "tiles", "all_tiles", "per_program"])
+@triton.jit(do_not_specialize=["first_head", "heads", "tiles", "all_tiles"])
 def pool_kernel(
     query,
     key,
@@ -46,12 +46,10 @@ def pool_kernel(
     mean_value,
     cross,
     norm,
-    partial,
     first_head,
     heads,
     tiles,
     all_tiles,
-    per_program,
     scale,
     head_dim,
     value_dim,
@@ -67,16 +65,14 @@ def pool_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SAMPLE: tl.constexpr,
     POOLED: tl.constexpr,
-    SPREAD: tl.constexpr,
     CROSS: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A run of tiles of one head: copies in order of tiles, means, C, and a part of Σ̄'s sum."""
-    i_part = tl.program_id(0)
+    """One tile of one head: its copy in order of slots, means, and C."""
+    tile = tl.program_id(0)
     i_g = tl.program_id(1).to(tl.int64)
     i_bh = i_g + first_head
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -88,64 +84,106 @@ def pool_kernel(
     o_v = tl.arange(0, DV)
     o_b = tl.arange(0, BLOCKS)
     SIZE: tl.constexpr = 64 // BLOCKS
-    sampled = o_s % SAMPLE == 0
-    if SPREAD:
-        total = tl.zeros([D, D], dtype=tl.float32)
+    # Text is copied only: it has no pseudo-keys.
+    image = tile < tiles
+    count = tl.load(live + tile)
+    alive = o_s < count
+    row = tl.load(rows + tile * 64 + o_s).to(tl.int64)
+    in_key = alive[:, None] & (o_d < head_dim)[None, :]
+    in_value = alive[:, None] & (o_v < value_dim)[None, :]
+    k = tl.load(p_key + row[:, None] * k_n + o_d[None, :], mask=in_key, other=0.0)
+    v = tl.load(p_value + row[:, None] * v_n + o_v[None, :], mask=in_value, other=0.0)
+    if POOLED:
+        in_query = in_key & image
+        q = tl.load(p_query + row[:, None] * q_n + o_d[None, :], mask=in_query, other=0.0)
+    i_slot = (i_g * all_tiles + tile) * 64 + o_s
+    tl.store(near_key + i_slot[:, None] * D + o_d[None, :], k)
+    tl.store(near_value + i_slot[:, None] * DV + o_v[None, :], v)
+    if POOLED and image:
+        i_tile = i_g * tiles + tile
+        wide_count = count.to(tl.float32)
+        q_mean = tl.sum(q.to(tl.float32), axis=0) * (scale / wide_count)
+        tl.store(mean_query + i_tile * D + o_d, q_mean)
+        k_wide, v_wide = k.to(tl.float32), v.to(tl.float32)
+        if BLOCKS == 1:
+            k_mean = tl.sum(k_wide, axis=0) / wide_count
+            v_mean = tl.sum(v_wide, axis=0) / wide_count
+            tl.store(mean_key + i_tile * D + o_d, narrow(k_mean, OPERAND))
+            tl.store(mean_value + i_tile * DV + o_v, narrow(v_mean, OPERAND))
+            offset = k_wide - k_mean[None, :]
+        else:
+            held = tl.minimum(tl.maximum(count - o_b * SIZE, 1), SIZE).to(tl.float32)
+            k_mean = tl.sum(tl.reshape(k_wide, [BLOCKS, SIZE, D]), axis=1) / held[:, None]
+            v_mean = tl.sum(tl.reshape(v_wide, [BLOCKS, SIZE, DV]), axis=1) / held[:, None]
+            i_block = i_tile * BLOCKS + o_b
+            p_mean_key = mean_key + i_block[:, None] * D + o_d[None, :]
+            p_mean_value = mean_value + i_block[:, None] * DV + o_v[None, :]
+            tl.store(p_mean_key, narrow(k_mean, OPERAND))
+            tl.store(p_mean_value, narrow(v_mean, OPERAND))
+            over_slots = tl.broadcast_to(k_mean[:, None, :], [BLOCKS, SIZE, D])
+            offset = k_wide - tl.reshape(over_slots, [64, D])
+        if CROSS:
+            offset = narrow(tl.where(alive[:, None], offset, 0.0), OPERAND)
+            product = tl.zeros([D, DV], dtype=tl.float32)
+            product = dot(tl.trans(offset), v, product, PRECISION)
+            tl.store(norm + i_tile, tl.sqrt(tl.sum(product * product)))
+            p_cross = cross + i_tile * (D * DV) + o_d[:, None] * DV + o_v[None, :]
+            tl.store(p_cross, narrow(product / wide_count, WIDE))
+
+
+@triton.jit
+def _sampled_offsets(
+    near_key, mean_key, live, i_g, first, blocks, all_tiles,
+    D: tl.constexpr, BLOCKS: tl.constexpr, SAMPLE: tl.constexpr, SAMPLES: tl.constexpr,
+    BB: tl.constexpr,
+):  # fmt: skip
+    """k - k̄ of the sampled slots of BB blocks, 16 rows each, 0 where there is none; and where."""
+    o_r = tl.arange(0, BB * 16)
+    o_d = tl.arange(0, D)
+    block = first + o_r // 16
+    tile = block // BLOCKS
+    slot = (block % BLOCKS) * (64 // BLOCKS) + (o_r % 16) * SAMPLE
+    known = block < blocks
+    valid = known & (o_r % 16 < SAMPLES)
+    valid = valid & (slot < tl.load(live + tile, mask=known, other=0))
+    p_key = near_key + ((i_g * all_tiles + tile) * 64 + slot)[:, None] * D + o_d[None, :]
+    k = tl.load(p_key, mask=valid[:, None], other=0.0).to(tl.float32)
+    p_mean = mean_key + (i_g * blocks + block)[:, None] * D + o_d[None, :]
+    return k - tl.load(p_mean, mask=valid[:, None], other=0.0).to(tl.float32), valid
+
+
+@triton.jit(do_not_specialize=["blocks", "all_tiles", "per_program"])
+def spread_kernel(
+    near_key,
+    mean_key,
+    live,
+    partial,
+    blocks,
+    all_tiles,
+    per_program,
+    D: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BB: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A part of the sum that Σ̄ is made of: that of the sampled slots of a run of blocks."""
+    i_part = tl.program_id(0)
+    i_g = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, D)
+    total = tl.zeros([D, D], dtype=tl.float32)
     first = i_part * per_program
-    for tile in range(first, tl.minimum(first + per_program, all_tiles)):
-        count = tl.load(live + tile)
-        alive = o_s < count
-        row = tl.load(rows + tile * 64 + o_s).to(tl.int64)
-        in_key = alive[:, None] & (o_d < head_dim)[None, :]
-        in_value = alive[:, None] & (o_v < value_dim)[None, :]
-        k = tl.load(p_key + row[:, None] * k_n + o_d[None, :], mask=in_key, other=0.0)
-        v = tl.load(p_value + row[:, None] * v_n + o_v[None, :], mask=in_value, other=0.0)
-        i_slot = (i_g * all_tiles + tile) * 64 + o_s
-        tl.store(near_key + i_slot[:, None] * D + o_d[None, :], k)
-        tl.store(near_value + i_slot[:, None] * DV + o_v[None, :], v)
-        if POOLED:
-            # Text is copied only: it has no pseudo-keys.
-            image = tile < tiles
-            i_tile = i_g * tiles + tile
-            in_query = in_key & image
-            q = tl.load(p_query + row[:, None] * q_n + o_d[None, :], mask=in_query, other=0.0)
-            q_sum = tl.sum(q.to(tl.float32), axis=0) * (scale / count.to(tl.float32))
-            tl.store(mean_query + i_tile * D + o_d, q_sum, mask=(o_d < D) & image)
-            k_wide, v_wide = k.to(tl.float32), v.to(tl.float32)
-            if BLOCKS == 1:
-                k_mean = tl.sum(k_wide, axis=0) / count.to(tl.float32)
-                v_mean = tl.sum(v_wide, axis=0) / count.to(tl.float32)
-                in_d, in_v = (o_d < D) & image, (o_v < DV) & image
-                tl.store(mean_key + i_tile * D + o_d, narrow(k_mean, OPERAND), mask=in_d)
-                tl.store(mean_value + i_tile * DV + o_v, narrow(v_mean, OPERAND), mask=in_v)
-                offset = k_wide - k_mean[None, :]
-            else:
-                held = tl.minimum(tl.maximum(count - o_b * SIZE, 1), SIZE).to(tl.float32)
-                k_mean = tl.sum(tl.reshape(k_wide, [BLOCKS, SIZE, D]), axis=1) / held[:, None]
-                v_mean = tl.sum(tl.reshape(v_wide, [BLOCKS, SIZE, DV]), axis=1) / held[:, None]
-                i_block = i_tile * BLOCKS + o_b
-                in_d = ((o_d < D) & image)[None, :] & (o_b < BLOCKS)[:, None]
-                in_v = ((o_v < DV) & image)[None, :] & (o_b < BLOCKS)[:, None]
-                p_mean_key = mean_key + i_block[:, None] * D + o_d[None, :]
-                p_mean_value = mean_value + i_block[:, None] * DV + o_v[None, :]
-                tl.store(p_mean_key, narrow(k_mean, OPERAND), mask=in_d)
-                tl.store(p_mean_value, narrow(v_mean, OPERAND), mask=in_v)
-                spread_out = tl.broadcast_to(k_mean[:, None, :], [BLOCKS, SIZE, D])
-                offset = k_wide - tl.reshape(spread_out, [64, D])
-            offset = tl.where(alive[:, None] & image, offset, 0.0)
-            if SPREAD:
-                some = narrow(tl.where(sampled[:, None], offset, 0.0), OPERAND)
-                total = dot(tl.trans(some), some, total, PRECISION)
-            if CROSS:
-                product = tl.zeros([D, DV], dtype=tl.float32)
-                product = dot(tl.trans(narrow(offset, OPERAND)), v, product, PRECISION)
-                tl.store(norm + i_tile, tl.sqrt(tl.sum(product * product)), mask=image)
-                product = product / count.to(tl.float32)
-                p_cross = cross + i_tile * (D * DV) + o_d[:, None] * DV + o_v[None, :]
-                tl.store(p_cross, narrow(product, WIDE), mask=(o_d < D)[:, None] & image)
-    if SPREAD:
-        i_partial = i_g * tl.num_programs(0) + i_part
-        tl.store(partial + i_partial * (D * D) + o_d[:, None] * D + o_d[None, :], total)
+    for start in range(first, tl.minimum(first + per_program, blocks), BB):
+        offset, _ = _sampled_offsets(
+            near_key, mean_key, live, i_g, start, blocks, all_tiles,
+            D, BLOCKS, SAMPLE, SAMPLES, BB,
+        )  # fmt: skip
+        some = narrow(offset, OPERAND)
+        total = dot(tl.trans(some), some, total, PRECISION)
+    i_partial = i_g * tl.num_programs(0) + i_part
+    tl.store(partial + i_partial * (D * D) + o_d[:, None] * D + o_d[None, :], total)
 
 
 @triton.jit(do_not_specialize=["blocks", "all_tiles"])
@@ -167,20 +205,13 @@ def share_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s of BB blocks, 16 rows each; the first program of a head stores Σ̄ too."""
+    """s of BB blocks; the first program of a head stores Σ̄ too."""
     i_g = tl.program_id(1).to(tl.int64)
-    o_r = tl.arange(0, BB * 16)
+    first = tl.program_id(0) * BB
     o_d = tl.arange(0, D)
-    block = tl.program_id(0) * BB + o_r // 16
-    tile = block // BLOCKS
-    slot = (block % BLOCKS) * (64 // BLOCKS) + (o_r % 16) * SAMPLE
-    known = block < blocks
-    valid = known & (o_r % 16 < SAMPLES)
-    valid = valid & (slot < tl.load(live + tile, mask=known, other=0))
-    p_key = near_key + ((i_g * all_tiles + tile) * 64 + slot)[:, None] * D + o_d[None, :]
-    k = tl.load(p_key, mask=valid[:, None], other=0.0).to(tl.float32)
-    p_mean = mean_key + (i_g * blocks + block)[:, None] * D + o_d[None, :]
-    offset = k - tl.load(p_mean, mask=valid[:, None], other=0.0).to(tl.float32)
+    offset, valid = _sampled_offsets(
+        near_key, mean_key, live, i_g, first, blocks, all_tiles, D, BLOCKS, SAMPLE, SAMPLES, BB
+    )
     o_matrix = i_g * (D * D) + o_d[:, None] * D + o_d[None, :]
     matrix = tl.load(summed + o_matrix) * factor
     stored = narrow(matrix, WIDE)
@@ -193,15 +224,16 @@ def share_kernel(
     quadratic = tl.reshape(tl.sum(product * offset, axis=1), [BB, 16])
     held = tl.reshape(valid.to(tl.float32), [BB, 16])
     own = tl.sum(quadratic, axis=1) / tl.maximum(tl.sum(held, axis=1), 1.0)
-    o_b = tl.program_id(0) * BB + tl.arange(0, BB)
+    o_b = first + tl.arange(0, BB)
     tl.store(share + i_g * blocks + o_b, own / size, mask=o_b < blocks)
 
 
 @triton.jit
 def _tile_scores(
-    q, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
+    q, q_high, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
     D: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr, CORRECTION: tl.constexpr,
-    BEND: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
+    BEND: tl.constexpr, MOST: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Base-2 logits of BN pseudo-keys for mean queries, -inf where exact, and c."""
     o_n = start + tl.arange(0, BN)
@@ -209,7 +241,10 @@ def _tile_scores(
     known = o_n < blocks
     k = tl.load(p_key + o_n[:, None] * D + o_d[None, :], mask=known[:, None], other=0.0)
     s = tl.zeros([q.shape[0], BN], dtype=tl.float32)
-    s = dot(q, tl.trans(k.to(tl.float32)), s, PRECISION) * LOG2E
+    if SPLIT:
+        # A mean query is not a number of 16 bits; two of them hold it well.
+        s = dot(narrow(q - q_high.to(tl.float32), OPERAND), tl.trans(k), s, PRECISION)
+    s = dot(q_high, tl.trans(k), s, PRECISION) * LOG2E
     s += tl.load(log_count + o_n, mask=known, other=float("-inf"))[None, :]
     raw = s
     if CORRECTION:
@@ -241,7 +276,9 @@ def weigh_kernel(
     BEND: tl.constexpr,
     MOST: tl.constexpr,
     DAMPING: tl.constexpr,
+    OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weights of the tiles' first-order terms for BQ query tiles, as `far.tile_weights`."""
@@ -251,11 +288,12 @@ def weigh_kernel(
     live_q = o_q < tiles
     p_query = mean_query + (i_g * tiles + o_q)[:, None] * D + o_d[None, :]
     q = tl.load(p_query, mask=live_q[:, None], other=0.0)
+    q_high = narrow(q, OPERAND)
     own = tl.zeros([BQ], dtype=tl.float32)
     if CORRECTION:
         matrix = tl.load(spread + i_g * (D * D) + o_d[:, None] * D + o_d[None, :])
         product = tl.zeros([BQ, D], dtype=tl.float32)
-        product = dot(q, matrix.to(tl.float32), product, PRECISION)
+        product = dot(narrow(q, WIDE), matrix, product, PRECISION)
         own = tl.sum(product * q, axis=1) * 0.5
     p_key = mean_key + i_g * blocks * D
     p_share = share + i_g * blocks
@@ -264,8 +302,8 @@ def weigh_kernel(
     total = tl.zeros([BQ], dtype=tl.float32)
     for start in range(0, blocks, BN):
         s, _ = _tile_scores(
-            q, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
-            D, BN, BLOCKS, CORRECTION, BEND, MOST, PRECISION,
+            q, q_high, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
+            D, BN, BLOCKS, CORRECTION, BEND, MOST, OPERAND, SPLIT, PRECISION,
         )  # fmt: skip
         new = tl.maximum(top, tl.max(s, axis=1))
         safe = tl.where(new == float("-inf"), 0.0, new)
@@ -276,8 +314,8 @@ def weigh_kernel(
     inverse = tl.where(total > 0.0, 1.0 / tl.maximum(total, TINY), 0.0)
     for start in range(0, blocks, BN):
         s, raw = _tile_scores(
-            q, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
-            D, BN, BLOCKS, CORRECTION, BEND, MOST, PRECISION,
+            q, q_high, own, start, p_key, log_count, p_share, p_exact, live_q, blocks, tiles,
+            D, BN, BLOCKS, CORRECTION, BEND, MOST, OPERAND, SPLIT, PRECISION,
         )  # fmt: skip
         w = tl.exp2(s - safe[:, None]) * inverse[:, None]
         if CORRECTION:
@@ -356,6 +394,7 @@ def attend_kernel(
     MOST: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
+    CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Queries of a group of TILES tiles over listed tiles and all pseudo-keys."""
@@ -409,8 +448,10 @@ def attend_kernel(
         else:
             entry = tl.load(listed + start + i)
         tile = (entry // 4).to(tl.int64)
-        k = tl.load(p_near_key + tile * (64 * D) + (o_s[:, None] * D + o_d[None, :]))
-        v = tl.load(p_near_value + tile * (64 * DV) + (o_s[:, None] * DV + o_v[None, :]))
+        o_key = tile * (64 * D) + (o_s[:, None] * D + o_d[None, :])
+        k = tl.load(p_near_key + o_key, cache_modifier=CACHE)
+        o_value = tile * (64 * DV) + (o_s[:, None] * DV + o_v[None, :])
+        v = tl.load(p_near_value + o_value, cache_modifier=CACHE)
         s = tl.zeros([BM, 64], dtype=tl.float32)
         s = dot(q, tl.trans(k), s, PRECISION)
         if TILES == 2:
@@ -439,10 +480,16 @@ def attend_kernel(
             o_b_ = begin + o_k
             known = o_b_ < blocks
             k = tl.load(
-                p_far_key + o_b_[:, None] * D + o_d[None, :], mask=known[:, None], other=0.0
+                p_far_key + o_b_[:, None] * D + o_d[None, :],
+                mask=known[:, None],
+                other=0.0,
+                cache_modifier=CACHE,
             )
             v = tl.load(
-                p_far_value + o_b_[:, None] * DV + o_v[None, :], mask=known[:, None], other=0.0
+                p_far_value + o_b_[:, None] * DV + o_v[None, :],
+                mask=known[:, None],
+                other=0.0,
+                cache_modifier=CACHE,
             )
             bias = tl.load(log_count + o_b_, mask=known, other=float("-inf"))
             exact_0 = tl.load(p_exact_0 + o_b_ // BLOCKS, mask=known, other=1)

@@ -33,25 +33,27 @@ class Config:
         far_block: pseudo-keys of one step.
         warps: of the loop.
         stages: of the loop's pipeline.
+        registers: of a thread of the loop at most; 0 leaves it to the compiler.
+        cached: whether keys and values pass through the first-level cache.
         pool_warps: of the pooling.
-        pool_stages: likewise.
         text_in_kernel: whether text queries run in the loop too, not in torch's SDPA.
     """
 
-    together: int = 2
+    together: int = 1
     far_block: int = 64
-    warps: int = 8
-    stages: int = 2
+    warps: int = 4
+    stages: int = 3
+    registers: int = 0
+    cached: bool = False
     pool_warps: int = 8
-    pool_stages: int = 1
     text_in_kernel: bool = False
 
 
-def default_config(dtype: torch.dtype, picks: int) -> Config:
+def default_config(dtype: torch.dtype) -> Config:
     """Tile sizes for a call, as measured on an H200."""
     if dtype == torch.float32:
-        return Config(together=1, far_block=32, warps=8, stages=1)
-    return Config(together=1 if picks else 2, warps=4 if picks else 8)
+        return Config(far_block=32, warps=8, stages=1)
+    return Config()
 
 
 def padded(width: int) -> int:
