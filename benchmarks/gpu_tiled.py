@@ -47,9 +47,6 @@ BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 CONFIGS = {
     "1 tile": Config(),
     "1 tile, 2 stages": Config(stages=2),
-    "1 tile, cached": Config(cached=True),
-    "2 tiles, cached": Config(together=2, warps=8, stages=3, cached=True),
-    "1 tile, 2 stages, cached": Config(stages=2, cached=True),
     "2 tiles": Config(together=2, warps=8, stages=3),
     "2 tiles, 128 registers": Config(together=2, warps=8, stages=2, registers=128),
     "2 tiles, 128 registers, 32 keys": Config(

@@ -443,7 +443,6 @@ def loop(
         MOST=far.MOST,
         OPERAND=_triton_dtype(job.query.dtype),
         WIDE=_triton_dtype(job.wide),
-        CACHE=".ca" if config.cached else "",
         PRECISION=job.precision,
         num_warps=config.warps,
         num_stages=config.stages,

@@ -10,26 +10,31 @@ import triton.language as tl
 
 from ..taylor.triton_numeric import INTERPRETED, dot, narrow
 
-if not INTERPRETED.value:
-    from triton.language.extra.cuda import libdevice
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _divide(x, y):
+def _reciprocal(x):
     if INTERPRETED:
-        return x / y
-    # 2 ulp in place of an exact quotient's dozen instructions.
-    return libdevice.fast_dividef(x, y)
+        return 1.0 / x
+    # Within 1 ulp, where an exact quotient takes a dozen instructions.
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def _correction(raw, BEND: tl.constexpr, MOST: tl.constexpr):
-    """c' of c, in units of log 2."""
-    return tl.minimum(_divide(raw, 1.0 + BEND * raw), MOST) * LOG2E
+def _shortfall(raw, BEND: tl.constexpr, MOST: tl.constexpr):
+    """A - c' with A = 1 / BEND, for c and all results in units of log 2.
+
+    c / (1 + BEND·c) = A - A² / (A + c): one reciprocal and few products, whose count decides how
+    fast pseudo-keys go.
+    """
+    A: tl.constexpr = LOG2E / BEND
+    LEAST: tl.constexpr = (A - MOST * LOG2E) / (A * A)
+    return tl.maximum(_reciprocal(raw + A), LEAST) * (A * A)
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "tiles", "all_tiles"])
@@ -249,7 +254,7 @@ def _tile_scores(
     raw = s
     if CORRECTION:
         raw = own[:, None] * tl.load(p_share + o_n, mask=known, other=0.0)[None, :]
-        s += _correction(raw, BEND, MOST)
+        s += LOG2E / BEND - _shortfall(raw * LOG2E, BEND, MOST)
     inside = live_q[:, None] & known[None, :]
     exact = tl.load(p_exact + (o_n // BLOCKS)[None, :], mask=inside, other=1)
     return tl.where(exact != 0, float("-inf"), s), raw
@@ -394,7 +399,6 @@ def attend_kernel(
     MOST: tl.constexpr,
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
-    CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Queries of a group of TILES tiles over listed tiles and all pseudo-keys."""
@@ -427,7 +431,7 @@ def attend_kernel(
         matrix = tl.load(spread + i_g * (D * D) + o_d[:, None] * D + o_d[None, :])
         product = tl.zeros([BM, D], dtype=tl.float32)
         product = dot(narrow(q.to(tl.float32), WIDE), matrix, product, PRECISION)
-        own = tl.sum(product * q.to(tl.float32), axis=1) * (0.5 * scale * scale)
+        own = tl.sum(product * q.to(tl.float32), axis=1) * (0.5 * scale * scale * LOG2E)
 
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     near_sum = tl.zeros([BM], dtype=tl.float32)
@@ -449,9 +453,9 @@ def attend_kernel(
             entry = tl.load(listed + start + i)
         tile = (entry // 4).to(tl.int64)
         o_key = tile * (64 * D) + (o_s[:, None] * D + o_d[None, :])
-        k = tl.load(p_near_key + o_key, cache_modifier=CACHE)
+        k = tl.load(p_near_key + o_key)
         o_value = tile * (64 * DV) + (o_s[:, None] * DV + o_v[None, :])
-        v = tl.load(p_near_value + o_value, cache_modifier=CACHE)
+        v = tl.load(p_near_value + o_value)
         s = tl.zeros([BM, 64], dtype=tl.float32)
         s = dot(q, tl.trans(k), s, PRECISION)
         if TILES == 2:
@@ -483,28 +487,29 @@ def attend_kernel(
                 p_far_key + o_b_[:, None] * D + o_d[None, :],
                 mask=known[:, None],
                 other=0.0,
-                cache_modifier=CACHE,
             )
             v = tl.load(
                 p_far_value + o_b_[:, None] * DV + o_v[None, :],
                 mask=known[:, None],
                 other=0.0,
-                cache_modifier=CACHE,
             )
             bias = tl.load(log_count + o_b_, mask=known, other=float("-inf"))
+            if CORRECTION:
+                bias += LOG2E / BEND
             exact_0 = tl.load(p_exact_0 + o_b_ // BLOCKS, mask=known, other=1)
             bias_0 = tl.where(exact_0 != 0, float("-inf"), bias)
             s = tl.zeros([BM, BN], dtype=tl.float32)
-            s = dot(q, tl.trans(k), s, PRECISION) * scale_2
-            if CORRECTION:
-                some = tl.load(p_share + o_b_, mask=known, other=0.0)
-                s += _correction(own[:, None] * some[None, :], BEND, MOST)
+            s = dot(q, tl.trans(k), s, PRECISION)
             if TILES == 2:
                 exact_1 = tl.load(p_exact_1 + o_b_ // BLOCKS, mask=known, other=1)
                 bias_1 = tl.where(exact_1 != 0, float("-inf"), bias)
-                s += tl.where((half == 0)[:, None], bias_0[None, :], bias_1[None, :])
+                both = tl.where((half == 0)[:, None], bias_0[None, :], bias_1[None, :])
+                s = s * scale_2 + both
             else:
-                s += bias_0[None, :]
+                s = s * scale_2 + bias_0[None, :]
+            if CORRECTION:
+                some = tl.load(p_share + o_b_, mask=known, other=0.0)
+                s -= _shortfall(own[:, None] * some[None, :], BEND, MOST)
             new = tl.maximum(top, tl.max(s, axis=1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             p = tl.exp2(s - safe[:, None])

@@ -34,7 +34,6 @@ class Config:
         warps: of the loop.
         stages: of the loop's pipeline.
         registers: of a thread of the loop at most; 0 leaves it to the compiler.
-        cached: whether keys and values pass through the first-level cache.
         pool_warps: of the pooling.
         text_in_kernel: whether text queries run in the loop too, not in torch's SDPA.
     """
@@ -44,7 +43,6 @@ class Config:
     warps: int = 4
     stages: int = 3
     registers: int = 0
-    cached: bool = False
     pool_warps: int = 8
     text_in_kernel: bool = False
 
