@@ -14,6 +14,7 @@ from .quality import cosine, sampled_indices
 from .reasons import DESCRIPTIONS
 from .registry import VARIANTS
 from .settings import VariantSettings
+from .token_layout import TokenLayout
 from .variant import Call, LayerId, Result, RunInfo, exact_flops
 
 FLOAT64_TOKENS = 4608
@@ -34,6 +35,7 @@ class Case:
         value: ``[B, H, Nk, D]``.
         scale: factor on q·k.
         mask: see ``masks``; None for none.
+        layout: of the tokens; None where it isn't known.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Case:
     value: torch.Tensor
     scale: float
     mask: torch.Tensor | None = None
+    layout: TokenLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
             scale=case.scale,
             mask=case.mask,
             wants_log_mass=wants_log_mass,
+            layout=case.layout,
         )
 
     gate = variant.gate(case.query, case.key, call(False))
@@ -194,7 +198,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
         detail = result.detail or DESCRIPTIONS[result.fallback.value]
         return outcome(f"{result.fallback.value}: {detail}")
     errors = _errors(result, case, exact)
-    flops = variant.flops(case.query.shape, case.key.shape, configuration.settings)
+    flops = variant.flops(case.query.shape, case.key.shape, configuration.settings, case.layout)
     times: tuple[float | None, float | None, float | None] = (None, None, None)
     if pairs > 0:
 

@@ -10,6 +10,7 @@ import torch
 from . import masks
 from .reasons import Gate
 from .settings import MonitorSettings, VariantSettings
+from .token_layout import TokenLayout
 from .variant import Call, Result, Variant, exact_flops
 
 
@@ -68,6 +69,10 @@ class ExactVariant(Variant):
 
     @classmethod
     def flops(
-        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+        cls,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        settings: VariantSettings,
+        layout: TokenLayout | None = None,
     ) -> float:
         return exact_flops(query_shape, key_shape)

@@ -45,3 +45,8 @@ def block_type(layer: LayerId | None, wanted: str) -> Gate | None:
 def cross_attention(queries: int, keys: int, allowed: bool) -> Gate | None:
     """Query and key lengths that differ."""
     return Gate.CROSS_ATTENTION if queries != keys and not allowed else None
+
+
+def dense_steps(step: int, first_steps: int) -> Gate | None:
+    """The first steps of a schedule, counted from 0, which lay out the picture."""
+    return Gate.DENSE_STEP if step < first_steps else None

@@ -20,6 +20,7 @@ class Gate(str, Enum):
     LAYER_UNKNOWN = "layer_unknown"
     BLOCK_TYPE = "block_type"
     CROSS_ATTENTION = "cross_attention"
+    DENSE_STEP = "dense_step"
 
 
 class Fallback(str, Enum):
@@ -46,7 +47,10 @@ DESCRIPTIONS: dict[str, str] = {
     Gate.LAYER_OUTSIDE_RANGE.value: "The block index lies outside the layer range.",
     Gate.LAYER_UNKNOWN.value: "A layer gate is set and the call does not say its block.",
     Gate.BLOCK_TYPE.value: "The block is not of the chosen type.",
-    Gate.CROSS_ATTENTION.value: "Query and key lengths differ and cross attention is off.",
+    Gate.CROSS_ATTENTION.value: (
+        "Query and key lengths differ, which the variant or its settings leave to exact attention."
+    ),
+    Gate.DENSE_STEP.value: "The step is one of the first, which dense_first_steps keeps exact.",
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.DENOMINATOR_PROBE.value: (
         "Too many denominators of the early probe were not safely positive."

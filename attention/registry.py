@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .exact import ExactVariant
 from .taylor.variant import TaylorVariant
+from .tiled.variant import TiledVariant
 from .variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant for variant in (ExactVariant, TaylorVariant)
+    variant.name: variant for variant in (ExactVariant, TaylorVariant, TiledVariant)
 }

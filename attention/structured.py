@@ -26,6 +26,8 @@ from typing import Literal, get_args
 
 import torch
 
+from .token_layout import TokenLayout
+
 Kind = Literal["content", "positional", "iso"]
 """``content``: what a token shows decides. ``positional``: the means are twice as large, so that
 rotation by place decides more. ``iso``: q, k and v are i.i.d. normal, without any structure."""
@@ -61,6 +63,18 @@ class StructuredTensors:
     value: torch.Tensor
     scale: float
     ids: torch.Tensor
+
+
+def in_raster_order(made: StructuredTensors) -> tuple[StructuredTensors, TokenLayout]:
+    """The same tokens, the image row by row as in a model, and where they stand."""
+    places = made.ids[:, 1:]
+    rows, columns = (int(size) + 1 for size in places.amax(dim=0))
+    text = len(places) - rows * columns
+    image = torch.argsort(places[text:, 0] * columns + places[text:, 1]) + text
+    order = torch.cat([torch.arange(text), image])
+    query, key, value = (x[:, :, order] for x in (made.query, made.key, made.value))
+    raster = StructuredTensors(query, key, value, made.scale, made.ids[order])
+    return raster, TokenLayout(text, ((rows, columns),))
 
 
 def token_ids(rows: int, columns: int, text_tokens: int) -> torch.Tensor:

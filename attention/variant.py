@@ -170,7 +170,11 @@ class Variant(ABC):
     @classmethod
     @abstractmethod
     def flops(
-        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+        cls,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        settings: VariantSettings,
+        layout: TokenLayout | None = None,
     ) -> float:
         """Floating-point operations of a call, a multiply-add counted as two.
 
@@ -181,9 +185,10 @@ class Variant(ABC):
             query_shape: ``(B, H, Nq, D)``.
             key_shape: ``(B, H, Nk, D)``; the value is taken to have the same.
             settings: of the variant's own model.
+            layout: of the tokens; None where it isn't known.
 
         Raises:
-            ValueError: the settings don't fit the shapes.
+            ValueError: the settings don't fit the shapes, or the cost depends on a layout.
         """
 
 

@@ -12,9 +12,10 @@ from typing import Any, TextIO
 
 import torch
 
-from ..attention.captured import CaptureError, read_call
+from ..attention.captured import CapturedCall, CaptureError, CaptureInfo, read_call
 from ..attention.evaluation import Case, Configuration, Outcome, evaluate
-from ..attention.structured import KINDS, structured_qkv
+from ..attention.structured import KINDS, in_raster_order, structured_qkv
+from ..attention.token_layout import TokenLayout
 from . import evaluation_page, validation
 from .problems import FieldErrors
 
@@ -27,6 +28,7 @@ DEFAULT_VARIANTS = (
     "centre_keys=false,centre_values=false",
     "taylor:P=4,feature_projection=48,fallback_on_negative=false",
     "taylor:P=5,feature_projection=32",
+    "tiled:dense_first_steps=0",
 )
 
 DEFAULT_SYNTHETIC = ("content:std=1", "positional:std=1", "content:std=2", "positional:std=2")
@@ -143,7 +145,8 @@ def synthetic_case(text: str, dtype: torch.dtype) -> Case:
         made = structured_qkv(kind, dtype=dtype, **values)  # type: ignore[arg-type]
     except ValueError as error:
         raise EvaluationError(f"{text}: {error}") from None
-    return Case(text, kind, 0, None, made.query, made.key, made.value, made.scale)
+    made, layout = in_raster_order(made)
+    return Case(text, kind, 0, None, made.query, made.key, made.value, made.scale, layout=layout)
 
 
 def captured_case(path: Path) -> Case:
@@ -156,8 +159,16 @@ def captured_case(path: Path) -> Case:
     info = call.info
     return Case(
         f"{info.run_id[:8]} {path.name}", info.layer, info.step, info.sigma,
-        call.query, call.key, call.value, info.scale, call.mask,
+        call.query, call.key, call.value, info.scale, call.mask, _layout(info, call),
     )  # fmt: skip
+
+
+def _layout(info: CaptureInfo, call: CapturedCall) -> TokenLayout | None:
+    if info.text_tokens is None or info.rows is None or info.columns is None:
+        return None
+    layout = TokenLayout(info.text_tokens, ((info.rows, info.columns),))
+    # What a file says of itself need not be so.
+    return layout if layout.tokens == call.query.shape[2] == call.key.shape[2] else None
 
 
 def files_of(paths: Sequence[Path]) -> list[Path]:

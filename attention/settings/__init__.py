@@ -9,10 +9,12 @@ from __future__ import annotations
 from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
 from .monitor import MonitorSettings
 from .taylor import TaylorSettings
+from .tiled import TiledSettings
 
 SETTINGS: dict[str, type[VariantSettings]] = {
     "exact": MonitorSettings,
     "taylor": TaylorSettings,
+    "tiled": TiledSettings,
 }
 """Settings model of each variant, by the variant's name."""
 
@@ -38,6 +40,7 @@ __all__ = [
     "Measured",
     "MonitorSettings",
     "TaylorSettings",
+    "TiledSettings",
     "VariantSettings",
     "setting",
     "settings_model",

@@ -12,6 +12,7 @@ from .. import gates, masks
 from ..reasons import Fallback, Gate
 from ..reservation import Reservation
 from ..settings import TaylorSettings, VariantSettings
+from ..token_layout import TokenLayout
 from ..variant import Call, Effective, Result, RunInfo, Tuning, Variant
 from .attend import Options, taylor_attention
 from .autotune import Tuner
@@ -251,7 +252,11 @@ class TaylorVariant(Variant):
 
     @classmethod
     def flops(
-        cls, query_shape: Sequence[int], key_shape: Sequence[int], settings: VariantSettings
+        cls,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        settings: VariantSettings,
+        layout: TokenLayout | None = None,
     ) -> float:
         """R features a token, each made by a product and met by Dv values and a denominator."""
         settings = cast(TaylorSettings, settings)

@@ -146,13 +146,28 @@ def head_groups(
     """Row of the batch and heads that are computed at a time."""
     batch, heads, _, width = query.shape
     size = accumulation_dtype(query.dtype).itemsize
-    value_width = value.shape[3]
-    per_head = size * tiles * (SLOTS * 3 * (width + value_width) + width * value_width)
-    most = max(1, sizes(query.device).heads // max(1, per_head))
-    step = math.ceil(heads / math.ceil(heads / most))
+    step = heads_at_a_time(heads, width, value.shape[3], size, tiles, query.device)
     for row in range(batch):
         for first in range(0, heads, step):
             yield row, slice(first, min(first + step, heads))
+
+
+def heads_at_a_time(
+    heads: int, width: int, value_width: int, size: int, tiles: int, device: torch.device
+) -> int:
+    """How many of ``heads`` heads the bounds of a device allow, at least one.
+
+    Args:
+        heads: of a picture.
+        width: D.
+        value_width: Dv.
+        size: bytes of a number.
+        tiles: T.
+        device: where.
+    """
+    per_head = size * tiles * (SLOTS * 3 * (width + value_width) + 2 * width * value_width)
+    most = max(1, sizes(device).heads // max(1, per_head))
+    return math.ceil(heads / math.ceil(heads / most))
 
 
 def _attend_heads(
@@ -196,7 +211,7 @@ def _log_mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """logsumexp of the logits of ``[G, n, D]`` and ``[G, N, D]``: ``[G, n]``, by blocks."""
     parts = [
         torch.matmul(rows, key.transpose(-2, -1)).logsumexp(dim=-1)
-        for rows in query.split(128, dim=1)
+        for rows in torch.split(query, 128, dim=1)
     ]
     return torch.cat(parts, dim=1)
 
@@ -208,14 +223,16 @@ class _Field:
     Attributes:
         pooled: None where every tile is exact.
         picks: ``[G, T, K]`` int64; None for none.
-        bias: of the pseudo-keys, ``[G or 1, T, M]``: log n, or -inf where the tile is exact.
-        weights: of the first-order terms, ``[G, T, T]``; None without.
+        bias: of the pseudo-keys, ``[G or 1, T, M]``: log n + c', or -inf where the tile is exact.
+        weights: of the first-order terms, ``[G, T / shared, T]``; None without.
+        shared: query tiles that share such a term.
     """
 
     pooled: Pooled | None
     picks: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    shared: int = 1
 
     @classmethod
     def build(
@@ -238,7 +255,9 @@ class _Field:
             spread=options.correction,
             cross=options.first_order or picked > 0,
         )  # fmt: skip
-        logits, damping = far.tile_logits(pooled)
+        corrected = far.correction(pooled)
+        mass = pooled.log_count if corrected is None else pooled.log_count + corrected[0]
+        logits = multiply(pooled.query, pooled.key.transpose(-2, -1)) + mass
         excluded = select.excluded_windows(tiles, options.radius, query.dtype).unsqueeze(0)
         picks = None
         if picked:
@@ -246,11 +265,14 @@ class _Field:
             norm = pooled.cross.flatten(2).norm(dim=-1)
             picks = select.pick(logits, norm, excluded, picked)
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
-        weights = None
+        weights, shared = None, 1
         if options.first_order:
-            weights = far.tile_weights(logits, damping, excluded, tiles.live)
-        bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + pooled.log_count
-        return cls(pooled, picks, bias, weights)
+            own = far.tile_weights(
+                logits, None if corrected is None else corrected[1], excluded, tiles.live
+            )
+            weights, shared = far.shared(own, tiles)
+        bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + mass
+        return cls(pooled, picks, bias, weights, shared)
 
 
 class _Loop:
@@ -296,15 +318,33 @@ class _Loop:
         work = self._space.take("logits", (2, rows * columns))
         held = self._query.element_size() * heads * width * out.shape[-1]
         for together in _together(all_runs, max(1, bounds.cross // held)):
-            first, last = together[0].first, together[-1].last
-            terms = None
-            if self._field.weights is not None and self._field.pooled is not None:
-                terms = far.first_order(
-                    self._field.weights[:, first:last], self._field.pooled, self._space
-                )
+            begin = together[0].first // self._field.shared
+            terms = self._terms(begin, together[-1].last)
             for run in together:
-                own = terms[:, run.first - first : run.last - first] if terms is not None else None
-                self._attend(run, work, own, out, mass)
+                self._attend(run, work, terms, begin, out, mass)
+
+    def _terms(self, begin: int, last: int) -> torch.Tensor | None:
+        """First-order terms ``[G, t, D, Dv]`` from the one numbered ``begin`` to tile ``last``."""
+        field = self._field
+        if field.weights is None or field.pooled is None:
+            return None
+        end = -(-last // field.shared)
+        return far.first_order(field.weights[:, begin:end], field.pooled, self._space)
+
+    def _linear(
+        self, run: near.Run, query: torch.Tensor, terms: torch.Tensor, begin: int
+    ) -> torch.Tensor:
+        """What the first-order terms make of a run's queries, ``[G, t·64, Dv]``."""
+        shared = self._field.shared
+        first, last = run.first // shared, -(-run.last // shared)
+        own = terms[:, first - begin : last - begin]
+        if run.first % shared == 0 and run.last % shared == 0:
+            # Tiles that share a term are one matrix.
+            query = query.reshape(query.shape[0], last - first, -1, query.shape[-1])
+        else:
+            own = own.repeat_interleave(shared, dim=1)
+            own = own[:, run.first - first * shared :][:, : run.count]
+        return torch.matmul(query, own).flatten(1, 2)
 
     def _columns(self, tile: int) -> int:
         """Keys and pseudo-keys of a query in the grid of a tile."""
@@ -336,6 +376,7 @@ class _Loop:
         run: near.Run,
         work: torch.Tensor,
         terms: torch.Tensor | None,
+        begin: int,
         out: torch.Tensor,
         mass: torch.Tensor | None,
     ) -> None:
@@ -347,7 +388,9 @@ class _Loop:
         flat = query.reshape(heads, count * SLOTS, width)
         by_head = logits.view(heads, count * SLOTS, columns)
         multiply(flat, self._common_key.transpose(-2, -1), out=by_head[:, :, :common])
-        self._correct(run, flat, logits)
+        if self._field.bias is not None:
+            bias = self._field.bias[:, run.first : run.last].unsqueeze(2)
+            logits[..., self._text : common] += bias
         batches = self._batches(run)
         place = common
         for batch_list in batches:
@@ -358,24 +401,18 @@ class _Loop:
         if mass is not None:
             mass[:, run.first : run.last] = logits.logsumexp(dim=-1)
         by_head = weights.view(heads, count * SLOTS, columns)
-        attended = multiply(by_head[:, :, :common], self._common_value)
+        target = out[:, run.first : run.last]
+        # Of several heads, a run's rows aren't one piece of memory.
+        attended = (target if heads == 1 else target.new_empty(target.shape)).flatten(1, 2)
+        multiply(by_head[:, :, :common], self._common_value, out=attended)
         place = common
         for batch_list in batches:
             place = _add_near(attended, weights, batch_list, place)
         if terms is not None:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
-            linear = torch.matmul(query, terms).view(heads, count * SLOTS, -1)
-            attended.addcmul_(linear, share)
-        out[:, run.first : run.last] = attended.view(heads, count, SLOTS, -1)
-
-    def _correct(self, run: near.Run, flat: torch.Tensor, logits: torch.Tensor) -> None:
-        """Make pseudo-keys' logits of their products with the queries, in place."""
-        field = self._field
-        if field.pooled is None or field.bias is None:
-            return
-        target = logits[..., self._text : self._common_key.shape[1]]
-        far.add_correction(target.flatten(1, 2), far.variance(flat, field.pooled), field.pooled)
-        target += field.bias[:, run.first : run.last].unsqueeze(2)
+            attended.addcmul_(self._linear(run, query, terms, begin), share)
+        if heads > 1:
+            target.copy_(attended.view(target.shape))
 
     def _leave_out_dead(self, run: near.Run, logits: torch.Tensor, place: int) -> None:
         assert self._dead is not None

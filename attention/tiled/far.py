@@ -8,7 +8,7 @@ import torch
 
 from .pool import Pooled
 from .products import multiply
-from .tiles import SLOTS
+from .tiles import SLOTS, Tiles
 from .workspace import Workspace
 
 BEND = 0.1
@@ -22,46 +22,18 @@ MOST = math.log(SLOTS)
 """Bound of c': a correction beyond a tile's whole mass says that the estimate has failed."""
 
 
-def variance(query: torch.Tensor, pooled: Pooled) -> torch.Tensor | None:
-    """½·qᵀΣ̄q of each query, ``[G, n]``, for ``[G, n, D]``; None without a correction."""
-    if pooled.spread is None:
-        return None
-    return multiply(query, pooled.spread).mul_(query).sum(dim=-1).mul_(0.5)
+def correction(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the spread of a block's keys does, as the queries of each tile see it on average.
 
-
-def add_correction(
-    logits: torch.Tensor, own: torch.Tensor | None, pooled: Pooled
-) -> torch.Tensor | None:
-    """Add c' to the logits of pseudo-keys, in place.
-
-    Args:
-        logits: ``[G, n, M]``, q·k̄; any strides.
-        own: what `variance` made of the queries.
-        pooled: the blocks.
+    That all queries of a tile share it costs little, and makes it part of a bias.
 
     Returns:
-        c, ``[G, n, M]``; None without a correction.
+        c' and the damping of the first-order term, ``[G, T, M]`` each; None without a correction.
     """
-    if own is None or pooled.share is None:
+    if pooled.own is None or pooled.share is None:
         return None
-    raw = own.unsqueeze(-1) * pooled.share.unsqueeze(-2)
-    bent = (raw * BEND).add_(1.0)
-    torch.div(raw, bent, out=bent)
-    logits.add_(bent.clamp_(max=MOST))
-    return raw
-
-
-def tile_logits(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the mean query of each tile makes of each block.
-
-    Returns:
-        Logits with log n and correction, ``[G, T, M]``, and the damping of the first-order term,
-        of the same shape; None where there is none.
-    """
-    logits = multiply(pooled.query, pooled.key.transpose(-2, -1))
-    raw = add_correction(logits, variance(pooled.query, pooled), pooled)
-    logits += pooled.log_count
-    return logits, None if raw is None else raw.mul_(DAMPING).add_(1.0).reciprocal_()
+    raw = pooled.own.unsqueeze(-1) * pooled.share.unsqueeze(-2)
+    return (raw / (1.0 + BEND * raw)).clamp_(max=MOST), 1.0 / (1.0 + DAMPING * raw)
 
 
 def tile_weights(
@@ -70,8 +42,8 @@ def tile_weights(
     """Weights by which a query tile adds up the first-order terms of the far tiles.
 
     Args:
-        logits: of `tile_logits`, ``[G, T, M]``.
-        damping: likewise.
+        logits: of each tile's mean query with each block, its mass in it, ``[G, T, M]``.
+        damping: of `correction`; None for none.
         excluded: 0, or -inf where a tile is exact; broadcasts to ``[G, T, T]``.
         live: ``[T]``, live slots of each tile.
 
@@ -85,6 +57,21 @@ def tile_weights(
     if damping is not None:
         weights = weights * damping
     return weights.view(heads, count, count, blocks).sum(dim=-1) / live
+
+
+def shared(weights: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, int]:
+    """Weights that neighbouring query tiles of a row share, which makes the products fewer.
+
+    Args:
+        weights: of `tile_weights`, ``[G, T, T]``.
+        tiles: T of them.
+
+    Returns:
+        ``[G, T / n, T]`` and n, the greatest of 4, 2 and 1 that divides every row of tiles.
+    """
+    size = math.gcd(4, *(grid.columns for grid in tiles.grids))
+    heads, count, _ = weights.shape
+    return weights.view(heads, count // size, size, count).mean(dim=2), size
 
 
 def first_order(weights: torch.Tensor, pooled: Pooled, space: Workspace) -> torch.Tensor:

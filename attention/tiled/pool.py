@@ -8,7 +8,7 @@ live keys kⱼ of mean k̄ and values vⱼ of mean v̄, a block stands for
 
 Both are exact to the order in which they are cut, and for keys and values that are jointly normal
 to all orders. Σ is taken as s·Σ̄ with one matrix Σ̄, the mean over the blocks of a head, and one
-number s = ⟨Σ, Σ̄⟩ / ⟨Σ̄, Σ̄⟩ per block: its best multiple.
+number s = ⟨Σ, Σ̄⟩ / ⟨Σ̄, Σ̄⟩ per block: its best multiple. ½·qᵀΣ̄q is taken as its mean over a tile.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Pooled:
         key: ``[G, M, D]``, k̄ of each block.
         value: ``[G, M, Dv]``, v̄ of each block.
         log_count: ``[M]``, log n; -inf where a block has no live slot.
-        spread: ``[G, D, D]``, Σ̄; None without a correction of the mass.
+        own: ``[G, T]``, mean of ½·qᵀΣ̄q over each tile's queries; None without a correction.
         share: ``[G, M]``, s of each block; None likewise.
         cross: ``[G, T, D, Dv]``, H of each tile, about its blocks' means; None where not needed.
         blocks: blocks of a tile.
@@ -49,7 +49,7 @@ class Pooled:
     key: torch.Tensor
     value: torch.Tensor
     log_count: torch.Tensor
-    spread: torch.Tensor | None
+    own: torch.Tensor | None
     share: torch.Tensor | None
     cross: torch.Tensor | None
     blocks: int
@@ -75,7 +75,7 @@ def pool(
         value: ``[G, T, 64, Dv]``.
         space: holds ``cross``.
         block: slots of a block, 64 or 16.
-        spread: whether to estimate Σ̄ and s.
+        spread: whether to estimate Σ̄, s and what the queries make of them.
         cross: whether to compute H.
     """
     heads, count, _, width = key.shape
@@ -92,7 +92,7 @@ def pool(
         return (by_block * live.view(count * blocks, block, 1)).sum(dim=2) / least
 
     key_mean = mean(key)
-    share = matrix = products = None
+    share = own = products = None
     if spread or cross:
         offsets = space.take("offsets", (heads, count * blocks, block, width))
         torch.sub(key.view(offsets.shape), key_mean.unsqueeze(2), out=offsets)
@@ -101,6 +101,9 @@ def pool(
             offsets.mul_(live)
         if spread:
             matrix, share = _spread(offsets, live, block)
+            some = query[:, :, ::_SAMPLE].reshape(heads, -1, width)
+            squared = multiply(some, matrix).mul_(some).sum(dim=-1)
+            own = squared.view(heads, count, -1).mean(dim=-1).mul_(0.5)
         if cross:
             products = space.take("cross", (heads, count, width, value.shape[-1]))
             torch.bmm(
@@ -116,7 +119,7 @@ def pool(
         key=key_mean,
         value=mean(value),
         log_count=held.squeeze(-1).log(),
-        spread=matrix,
+        own=own,
         share=share,
         cross=products,
         blocks=blocks,

@@ -25,7 +25,7 @@ def pick(
     how much there is to get wrong.
 
     Args:
-        logits: of `far.tile_logits`, ``[G, T, M]``.
+        logits: of each tile's mean query with each block, its mass in it, ``[G, T, M]``.
         norm: ‖H‖ of each tile, ``[G, T]``.
         excluded: of `excluded_windows`.
         count: how many to pick; each tile has as many left.
@@ -38,4 +38,5 @@ def pick(
     # A tile of one token has no first-order term, and no error either.
     norm = norm.log().clamp_min(-SLOTS)
     score = score + norm.unsqueeze(1) + excluded
-    return score.topk(count, dim=-1, sorted=False).indices
+    picked: torch.Tensor = score.topk(count, dim=-1, sorted=False).indices
+    return picked

@@ -89,21 +89,21 @@ def from_tiles(tiles: Tiles, slots: torch.Tensor, image: torch.Tensor) -> None:
 
 def _quarters(tiles: Tiles, slots: torch.Tensor) -> list[torch.Tensor]:
     """Each grid's slots, ``[G, rows, columns, 2, 2, 4, 4, W]``: quarters and places in them."""
-    half = SIDE // 2
+    half, (heads, _, _, width) = SIDE // 2, slots.shape
     return [
-        slots[:, grid.first : grid.last]
-        .unflatten(1, (grid.rows, grid.columns))
-        .unflatten(3, (2, 2, half, half))
+        slots[:, grid.first : grid.last].view(
+            heads, grid.rows, grid.columns, 2, 2, half, half, width
+        )
         for grid in tiles.grids
     ]
 
 
 def _places(tiles: Tiles, image: torch.Tensor) -> list[torch.Tensor]:
     """The same of tokens in raster order, as views."""
-    half = SIDE // 2
+    half, (heads, _, width) = SIDE // 2, image.shape
     return [
         image[:, grid.first * SLOTS : grid.last * SLOTS]
-        .unflatten(1, (grid.rows, 2, half, grid.columns, 2, half))
+        .view(heads, grid.rows, 2, half, grid.columns, 2, half, width)
         .permute(0, 1, 4, 2, 5, 3, 6, 7)
         for grid in tiles.grids
     ]

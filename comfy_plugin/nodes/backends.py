@@ -73,6 +73,28 @@ class TaylorNode(io.ComfyNode):
         return _apply(cls.VARIANT, model, values)
 
 
+class TiledNode(io.ComfyNode):
+    """Tiled attention on a model, recorded and steered live."""
+
+    VARIANT: ClassVar[str] = "tiled"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return _schema(
+            "AttnScopeTiled",
+            "Tiled Attention Backend",
+            cls.VARIANT,
+            "Runs the model's attention exactly between text and tiles of the picture that lie "
+            "near each other, and to first order elsewhere, where its gates allow. Made for "
+            "large pictures. Shows every step in the dashboard, from where the settings can be "
+            "changed while it samples.",
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
+        return _apply(cls.VARIANT, model, values)
+
+
 class MonitorNode(io.ComfyNode):
     """A model's own attention, watched."""
 

@@ -81,7 +81,9 @@ def graph(node: str = "AttnScopeMonitor", **settings: Any) -> dict[str, Any]:
 
 
 def test_the_nodes_inputs_are_the_settings(process: ComfyUI) -> None:
-    for node, variant in (("AttnScopeTaylor", "taylor"), ("AttnScopeMonitor", "exact")):
+    for node, variant in (
+        ("AttnScopeTaylor", "taylor"), ("AttnScopeTiled", "tiled"), ("AttnScopeMonitor", "exact"),
+    ):  # fmt: skip
         info = call(f"{process.url}/object_info/{node}")[node]
         inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
         assert set(inputs) == {"model", "server_url", "label", *SETTINGS[variant].model_fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from attnscope.attention import masks
 from attnscope.attention.evaluation import Case, Configuration, evaluate, reference
 from attnscope.attention.exact import ExactVariant, reference_attention
-from attnscope.attention.settings import MonitorSettings, TaylorSettings
+from attnscope.attention.settings import MonitorSettings, TaylorSettings, TiledSettings
 from attnscope.attention.taylor.features import feature_dim
 from attnscope.attention.taylor.variant import TaylorVariant
+from attnscope.attention.tiled.variant import TiledVariant
+from attnscope.attention.token_layout import TokenLayout
 from attnscope.attention.variant import Call
 
 SCALE = 16**-0.5
@@ -145,3 +148,17 @@ def test_flops_follow_from_tokens_and_features() -> None:
     with pytest.raises(ValueError, match="sub_head_blocks: 5 does not divide"):
         flops(sub_head_blocks=5)
     assert math.isfinite(flops(P=8, feature_projection=8))
+
+
+def test_a_case_with_a_layout_is_tiled_and_one_without_says_why_not() -> None:
+    tiled = Configuration("tiled", "tiled", TiledSettings(min_tokens=0, dense_first_steps=0))
+    made = case(tokens=5 + 32 * 40)
+    (outcome,) = evaluate(made, [tiled], pairs=0)
+    assert outcome.reason.startswith("layout: the model does not say")
+    layout = TokenLayout(5, ((32, 40),))
+    (outcome,) = evaluate(dataclasses.replace(made, layout=layout), [tiled], pairs=0)
+    assert outcome.reason == ""
+    assert outcome.nmse is not None and outcome.log_mass_bias is not None
+    assert outcome.flops == TiledVariant.flops(
+        made.query.shape, made.key.shape, tiled.settings, layout
+    )

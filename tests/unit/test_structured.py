@@ -7,12 +7,14 @@ import torch
 
 from attnscope.attention.structured import (
     KINDS,
+    in_raster_order,
     logit_std,
     random_fields,
     rotate,
     structured_qkv,
     token_ids,
 )
+from attnscope.attention.token_layout import TokenLayout
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,3 +115,18 @@ def test_half_precision_is_cast_last() -> None:
     half = structured_qkv("positional", 1.0, dtype=torch.bfloat16, **sizes)  # type: ignore[arg-type]
     assert half.query.dtype == torch.bfloat16
     assert torch.equal(half.key, exact.key.to(torch.bfloat16))
+
+
+def test_raster_order_is_that_of_the_places() -> None:
+    made = structured_qkv("content", 1.0, rows=16, columns=24, text_tokens=5)
+    raster, layout = in_raster_order(made)
+    assert layout == TokenLayout(5, ((16, 24),))
+    y, x = torch.meshgrid(torch.arange(16), torch.arange(24), indexing="ij")
+    assert torch.equal(raster.ids[5:, 1:], torch.stack([y, x], dim=-1).reshape(-1, 2))
+    # Every token keeps its query, key and value.
+    token = int((made.ids[5:] == torch.tensor([0, 9, 17])).all(dim=1).nonzero()) + 5
+    for before, after in zip(
+        (made.query, made.key, made.value), (raster.query, raster.key, raster.value), strict=True
+    ):
+        assert torch.equal(after[:, :, :5], before[:, :, :5])
+        assert torch.equal(after[:, :, 5 + 9 * 24 + 17], before[:, :, token])

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnscope.attention.settings import TaylorSettings
 from attnscope.attention import reservation
+from attnscope.attention.settings import TaylorSettings
 from attnscope.attention.taylor.attend import Options
 from attnscope.attention.taylor.memory import Shape, working_bytes
 from attnscope.attention.taylor.variant import TaylorVariant
