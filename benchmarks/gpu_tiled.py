@@ -46,8 +46,7 @@ SIDES = (64, 128, 256)
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 CONFIGS = {
     "1 tile": Config(),
-    "1 tile, 2 stages": Config(stages=2),
-    "1 tile, 128 far keys": Config(far_block=128, stages=2),
+    "1 tile, 3 stages": Config(stages=3),
     "2 tiles": Config(together=2, warps=8, stages=3),
     "2 tiles, 128 registers": Config(together=2, warps=8, stages=2, registers=128),
 }

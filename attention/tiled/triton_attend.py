@@ -313,6 +313,8 @@ def spreads(job: Job, first: int, pooled: TritonPooled) -> Spread:
     _kernels().spread_kernel[(parts, heads)](
         pooled.near_key, pooled.key, table.live, partial, total, table.all_tiles, per_program,
         OPERAND=_triton_dtype(query.dtype),
+        # Two stages of float32 in three parts exceed the shared memory.
+        num_stages=1 if query.dtype == torch.float32 else 2,
         **sampling,
         **same,
     )  # fmt: skip

@@ -42,7 +42,7 @@ class Config:
     together: int = 1
     far_block: int = 64
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
     registers: int = 0
     pool_warps: int = 8
     text_in_kernel: bool = False
