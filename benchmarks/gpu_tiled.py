@@ -26,8 +26,8 @@ import torch
 
 from attnscope.attention.structured import structured_qkv
 from attnscope.attention.taylor.triton_support import unavailable
-from attnscope.attention.tiled import triton_attend
-from attnscope.attention.tiled.attend import Options, tiled_attention
+from attnscope.attention.tiled import triton_attend, triton_job, triton_pool
+from attnscope.attention.tiled.attend import Attended, Options, tiled_attention
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_plan import Config, default_config
 from attnscope.attention.token_layout import TokenLayout
@@ -172,7 +172,7 @@ class Check:
         query, key, value = heads_of(self.layout, 2, self.dtype, self.width)
         scale = self.width**-0.5
 
-        def call(mass: bool) -> triton_attend.Attended:
+        def call(mass: bool) -> Attended:
             return tiled_attention_triton(
                 query, key, value, scale, self.layout, self.options,
                 wants_log_mass=mass, config=self.config,
@@ -263,8 +263,8 @@ def phases(
     """Name, ms and useful TFLOP/s of each phase over all heads."""
     options = Options()
     out = torch.empty_like(query)
-    job = triton_attend.make_job(query, key, value, out, None, SCALE, layout, options, config)
-    table, groups = job.tables, list(triton_attend.head_runs(job))
+    job = triton_job.make_job(query, key, value, out, None, SCALE, layout, options, config)
+    table, groups = job.tables, list(triton_job.head_runs(job))
     tiles, tokens, text = table.tiles, layout.tokens, layout.text_tokens
     width = HEAD_DIM
 
@@ -275,16 +275,15 @@ def phases(
     yield timed("text queries, SDPA", 4 * text * tokens * width, lambda: sdpa(
         query[:, :, :text], key, value
     ))  # fmt: skip
-    pooled = [triton_attend.pool_tiles(job, *some) for some in groups]
+    pooled = [triton_pool.pool_tiles(job, *some) for some in groups]
     yield timed("pooling", 4 * tiles * 64 * width**2, lambda: [
-        triton_attend.pool_tiles(job, *some) for some in groups
+        triton_pool.pool_tiles(job, *some) for some in groups
     ])  # fmt: skip
     firsts = [first for first, _ in groups]
 
-    def spreads() -> list[triton_attend.Spread]:
+    def spreads() -> list[triton_pool.Spread]:
         return [
-            triton_attend.spreads(job, first, one)
-            for first, one in zip(firsts, pooled, strict=True)
+            triton_pool.spreads(job, first, one) for first, one in zip(firsts, pooled, strict=True)
         ]
 
     spread = spreads()
@@ -301,7 +300,7 @@ def phases(
         triton_attend.add_terms(w, p) for w, p in zip(weights, pooled, strict=True)
     ])  # fmt: skip
 
-    def loop(with_job: triton_attend.Job) -> None:
+    def loop(with_job: triton_job.Job) -> None:
         for first, p, s, t in zip(firsts, pooled, spread, terms, strict=True):
             triton_attend.loop(with_job, first, p, s, t, exact, None, skip_text=True)
 
@@ -312,7 +311,7 @@ def phases(
         if other == config:
             continue
         try:
-            changed = triton_attend.make_job(
+            changed = triton_job.make_job(
                 query, key, value, out, None, SCALE, layout, options, other
             )
             yield timed(f"(loop with {name})", flop, lambda job=changed: loop(job))
