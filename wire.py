@@ -94,6 +94,12 @@ class SamplingInfo(Message):
     prompt_id: str | None = None
     node_id: str | None = None
     list_index: int | None = None
+    recipe: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="hash of all that the sampler's inputs come from, without nodes of ours: "
+        "runs that differ in their attention alone have the same; null where it isn't known",
+    )
 
 
 class ModelInfo(Message):

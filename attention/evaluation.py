@@ -14,6 +14,7 @@ from .quality import cosine, sampled_indices
 from .reasons import DESCRIPTIONS
 from .registry import VARIANTS
 from .settings import VariantSettings
+from .structured import logit_std
 from .token_layout import TokenLayout
 from .variant import Call, LayerId, Result, RunInfo, exact_flops
 
@@ -68,6 +69,9 @@ class Outcome:
         layer: see `Case`.
         step: see `Case`.
         sigma: see `Case`.
+        tokens: keys.
+        logit_std: standard deviation of the scaled logits after each row's mean is subtracted,
+            over all heads; of all pairs, masked ones too.
         configuration: its label.
         reason: the gate or fallback for which exact attention ran instead, with its detail; else
             empty. Nothing is measured then.
@@ -87,6 +91,8 @@ class Outcome:
     layer: str
     step: int
     sigma: float | None
+    tokens: int
+    logit_std: float
     configuration: str
     reason: str
     reference: str
@@ -161,15 +167,20 @@ def evaluate(
         pairs: how often a call and exact attention are timed, in turn; 0 leaves times out.
     """
     exact = reference(case, queries, seed)
+    of_heads = logit_std(case.query.float(), case.key.float(), case.scale)
+    spread = float(of_heads.square().mean().sqrt())
     for configuration in configurations:
-        yield _measure(case, configuration, exact, pairs)
+        yield _measure(case, configuration, exact, spread, pairs)
 
 
-def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: int) -> Outcome:
+def _measure(
+    case: Case, configuration: Configuration, exact: Reference, spread: float, pairs: int
+) -> Outcome:
     def outcome(reason: str = "", /, **measured: float | None) -> Outcome:
         return Outcome(
-            case.name, case.layer, case.step, case.sigma, configuration.label, reason,
-            str(exact.out.dtype).removeprefix("torch."), len(exact.rows), **measured,
+            case.name, case.layer, case.step, case.sigma, case.key.shape[2], spread,
+            configuration.label, reason, str(exact.out.dtype).removeprefix("torch."),
+            len(exact.rows), **measured,
         )  # fmt: skip
 
     variant = VARIANTS[configuration.variant]()
@@ -178,7 +189,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
     sigma = () if case.sigma is None else (case.sigma, 0.0)
     variant.prepare(RunInfo(sigmas=sigma, layers=() if layer is None else (layer,)))
 
-    def call(wants_log_mass: bool) -> Call:
+    def call(log_mass_rows: torch.Tensor | None = None) -> Call:
         return Call(
             settings=configuration.settings,
             layer=layer,
@@ -186,14 +197,14 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
             step=case.step,
             scale=case.scale,
             mask=case.mask,
-            wants_log_mass=wants_log_mass,
+            log_mass_rows=log_mass_rows,
             layout=case.layout,
         )
 
-    gate = variant.gate(case.query, case.key, call(False))
+    gate = variant.gate(case.query, case.key, call())
     if gate is not None:
         return outcome(f"{gate.value}: {DESCRIPTIONS[gate.value]}")
-    result = variant.attend(case.query, case.key, case.value, call(True))
+    result = variant.attend(case.query, case.key, case.value, call(exact.rows))
     if result.fallback is not None:
         detail = result.detail or DESCRIPTIONS[result.fallback.value]
         return outcome(f"{result.fallback.value}: {detail}")
@@ -203,7 +214,7 @@ def _measure(case: Case, configuration: Configuration, exact: Reference, pairs: 
     if pairs > 0:
 
         def work() -> object:
-            attended = variant.attend(case.query, case.key, case.value, call(False)).out
+            attended = variant.attend(case.query, case.key, case.value, call()).out
             return _sdpa(case) if attended is None else attended
 
         times = _alternate(work, lambda: _sdpa(case), pairs, case.query.device)
@@ -223,7 +234,7 @@ def _errors(result: Result, case: Case, exact: Reference) -> dict[str, float | N
     out = whole.index_select(2, exact.rows).to(exact.out.dtype)
     bias = None
     if result.log_mass is not None:
-        difference = result.log_mass.index_select(2, exact.rows) - exact.log_mass
+        difference = result.log_mass - exact.log_mass
         bias = float(difference[exact.log_mass.isfinite()].mean())
     return {
         "nmse": float((out - exact.out).square().sum() / exact.out.square().sum()),

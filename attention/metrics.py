@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+
+from . import sums_paths
 
 
 class Direction(str, Enum):
@@ -43,6 +45,14 @@ class Metric:
     fold: Fold = Fold.MEAN
     log: bool = False
     """Whether a logarithmic axis is the natural one."""
+    names: Mapping[int, str] = field(default_factory=dict, hash=False)
+    """What each value stands for, where the metric is a code; empty for plain numbers."""
+
+    def text(self, value: float) -> str:
+        """A value for people, its unit left out."""
+        if value.is_integer() and int(value) in self.names:
+            return self.names[int(value)]
+        return f"{value:.3g}"
 
 
 METRICS: tuple[Metric, ...] = (
@@ -119,13 +129,20 @@ METRICS: tuple[Metric, ...] = (
         "of degree 2 needs about 1 or less.",
     ),
     Metric(
-        "qk_p01", "q·k, 1st percentile", "1st percentile of sampled scaled logits.", fold=Fold.MIN
+        "qk_p01",
+        "q·k, 1st percentile",
+        "1st percentile of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
+        fold=Fold.MIN,
     ),
-    Metric("qk_p50", "q·k, median", "Median of sampled scaled logits."),
+    Metric(
+        "qk_p50",
+        "q·k, median",
+        "Median of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
+    ),
     Metric(
         "qk_p99",
         "q·k, 99th percentile",
-        "99th percentile of sampled scaled logits.",
+        "99th percentile of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
         fold=Fold.MAX,
     ),
     Metric("q_norm", "Query norm", "Mean Euclidean norm of the sampled queries."),
@@ -144,6 +161,14 @@ METRICS: tuple[Metric, ...] = (
         unit="features",
         fold=Fold.MAX,
         log=True,
+    ),
+    Metric(
+        "sums_path",
+        "Sums computed by",
+        "The implementation that computed the layer's sums, and why not a better one. Where calls "
+        "differ, the least of them.",
+        fold=Fold.MIN,
+        names=sums_paths.NAMES,
     ),
     Metric(
         "attn_ms",

@@ -21,6 +21,7 @@ class Gate(str, Enum):
     BLOCK_TYPE = "block_type"
     CROSS_ATTENTION = "cross_attention"
     DENSE_STEP = "dense_step"
+    WINDOW_FULL = "window_full"
 
 
 class Fallback(str, Enum):
@@ -34,6 +35,8 @@ class Fallback(str, Enum):
     HEAD_DIM = "head_dim"
     MASK = "mask"
     LAYOUT = "layout"
+    TEXT_UNKNOWN = "text_unknown"
+    PRE_ROPE = "pre_rope"
     UNKNOWN_ARGUMENT = "unknown_argument"
     OUT_OF_MEMORY = "out_of_memory"
     ERROR = "error"
@@ -51,6 +54,7 @@ DESCRIPTIONS: dict[str, str] = {
         "Query and key lengths differ, which the variant or its settings leave to exact attention."
     ),
     Gate.DENSE_STEP.value: "The step is one of the first, which dense_first_steps keeps exact.",
+    Gate.WINDOW_FULL.value: "The local window holds all tokens, which is exact attention.",
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.DENOMINATOR_PROBE.value: (
         "Too many denominators of the early probe were not safely positive."
@@ -65,6 +69,12 @@ DESCRIPTIONS: dict[str, str] = {
     ),
     Fallback.MASK.value: "The variant can't apply this kind of mask.",
     Fallback.LAYOUT.value: "The tensors' shapes are not of a layout that the variant knows.",
+    Fallback.TEXT_UNKNOWN.value: (
+        "The model's inputs don't say which tokens are text, and prefix_tokens is -1."
+    ),
+    Fallback.PRE_ROPE.value: (
+        "Query and key before rotary embedding, which the variant needs, are not to be had."
+    ),
     Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",
     Fallback.OUT_OF_MEMORY.value: "There was not enough memory for the variant.",
     Fallback.ERROR.value: "The variant raised an error.",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .exact import ExactVariant
+from .hybrid.variant import HybridVariant
 from .taylor.variant import TaylorVariant
 from .tiled.variant import TiledVariant
 from .variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant for variant in (ExactVariant, TaylorVariant, TiledVariant)
+    variant.name: variant for variant in (ExactVariant, TaylorVariant, HybridVariant, TiledVariant)
 }

@@ -55,10 +55,12 @@ class Call:
         step: index into the schedule, from 0.
         scale: factor on q·k.
         mask: boolean (True: attend) or additive float, broadcastable to ``[B, H, Nq, Nk]``.
-        wants_log_mass: whether the result shall hold ``log_mass``, which costs a sampling nothing
-            where it isn't asked for.
+        log_mass_rows: ``[S]`` int64 on the query's device, the queries whose ``log_mass`` the
+            result shall hold; None for none, which costs nothing.
         layout: where the tokens stand, text first; None where it isn't certain or query and key
             are of different tokens.
+        pre_rope: query and key before rotary embedding, each shaped like the call's own; None
+            where they are not to be had. Only for variants that ask for it.
     """
 
     settings: VariantSettings
@@ -67,8 +69,9 @@ class Call:
     step: int
     scale: float
     mask: torch.Tensor | None = None
-    wants_log_mass: bool = False
+    log_mass_rows: torch.Tensor | None = None
     layout: TokenLayout | None = None
+    pre_rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +117,9 @@ class Result:
         detail: the same for people, such as the refused feature dimension.
         stats: metric name to a number or a 0-dimensional tensor. Tensors stay on their device
             and are read when the step closes, so that no call waits for the device.
-        log_mass: ``[B, H, Nq]`` float32, log of the softmax denominator that the output stands
-            for, comparable to logsumexp of the scaled logits; None where the call didn't want it
-            or the variant has no such number.
+        log_mass: ``[B, H, S]`` float32, log of the softmax denominator that the output stands
+            for at the call's ``log_mass_rows``, comparable to logsumexp of the scaled logits;
+            None where the call wants none or the variant has no such number.
         effective: where the variant approximates another attention than the call's own, such as
             one with shaped query and key; None where it is the call's own.
     """
@@ -135,6 +138,12 @@ class Variant(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     settings_model: ClassVar[type[VariantSettings]]
+    wants_pre_rope: ClassVar[bool] = False
+    """Whether calls shall hold ``pre_rope``, for which the plugin patches bindings of ComfyUI."""
+    attends: ClassVar[bool] = True
+    """Whether there are calls that it answers itself; if not, it is asked about none."""
+    tells_log_mass: ClassVar[bool] = False
+    """Whether results can hold a ``log_mass``; if not, calls name no ``log_mass_rows``."""
 
     def prepare(self, run: RunInfo) -> None:  # noqa: B027
         """Called once, before the first call of the run."""

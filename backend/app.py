@@ -17,6 +17,7 @@ from ..version import __version__
 from . import api_document, pages, problem_handlers, security
 from .api import (
     changes,
+    comparison,
     docs,
     figures,
     health,
@@ -28,7 +29,8 @@ from .api import (
     session,
     settings,
 )
-from .api.answers import PROBLEMS
+from .api.answers import BASE, PROBLEMS
+from .comparing import Comparer
 from .config import Config
 from .feed import Feed
 from .image_files import ImageFiles
@@ -38,7 +40,6 @@ from .sweeper import Sweeper
 
 log = logging.getLogger(__name__)
 
-BASE = "/api/v1"
 OPEN_ROUTES = (health.router, session.router)
 READ_ROUTES = (
     schema.router,
@@ -47,6 +48,7 @@ READ_ROUTES = (
     settings.router,
     images.router,
     figures.router,
+    comparison.router,
     changes.router,
     docs.router,
 )
@@ -59,12 +61,14 @@ def create_app(config: Config) -> FastAPI:
     The database is opened, and brought to the newest schema, when the application starts.
     """
     store = Store(config.url, config.busy_timeout)
+    files = ImageFiles(config.images_dir)
     services = Services(
         config=config,
         store=store,
         feed=Feed(),
         mailboxes=Mailboxes(),
-        images=ImageFiles(config.images_dir),
+        images=files,
+        comparer=Comparer(files),
     )
 
     @asynccontextmanager

@@ -8,9 +8,11 @@ from typing import Any, Literal
 from ..attention import settings as variant_settings
 from ..attention.metrics import METRICS
 from ..attention.reasons import DESCRIPTIONS
+from .figures.schedules import SCHEDULES
 from .schemas import (
     MetricInfo,
     MetricInfos,
+    ScheduleInfo,
     SettingField,
     SettingGroup,
     VariantSchema,
@@ -42,6 +44,7 @@ def metric_infos() -> MetricInfos:
             unit=metric.unit,
             direction=metric.direction.value,
             log=metric.log,
+            names={str(value): name for value, name in metric.names.items()},
         )
         for metric in METRICS
     ]
@@ -84,6 +87,10 @@ def _variant(name: str) -> VariantSchema:
         title=lines[0].split(":")[0].rstrip("."),
         help=" ".join(line.strip() for line in lines),
         fields=list(fields(name).values()),
+        schedules=[
+            ScheduleInfo(name=schedule.name, title=schedule.title, unit=schedule.unit)
+            for schedule in SCHEDULES.get(name, ())
+        ],
         json_schema=model.model_json_schema(),
     )
 

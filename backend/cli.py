@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--no-images", action="store_true", help="leave images out")
     export.set_defaults(run=_export)
 
-    imports = commands.add_parser("import", help="take runs from such a file")
+    imports = commands.add_parser(
+        "import", help="take runs from such a file, or from hybrid-attention-results.jsonl"
+    )
     _database_options(imports)
     imports.add_argument("file", type=Path, help="file to read; .gz is unpacked; - is stdin")
     imports.set_defaults(run=_import)

@@ -16,18 +16,18 @@ from ..attention.captured import CapturedCall, CaptureError, CaptureInfo, read_c
 from ..attention.evaluation import Case, Configuration, Outcome, evaluate
 from ..attention.structured import KINDS, in_raster_order, structured_qkv
 from ..attention.token_layout import TokenLayout
-from . import evaluation_page, validation
+from . import evaluation_page, evaluation_summary, validation
 from .problems import FieldErrors
 
 DEFAULT_VARIANTS = (
     "exact",
-    "taylor:P=3,centre_queries=false,centre_keys=false,centre_values=false",
-    "taylor:P=3",
-    "taylor:P=3,feature_projection=32",
+    "taylor",
+    "taylor:centre_queries=false,centre_keys=false,centre_values=false",
+    "taylor:feature_projection=0",
+    "taylor:P=5,feature_projection=16",
     "taylor:P=4,sub_head_blocks=4,sub_head_mode=independent,centre_queries=false,"
     "centre_keys=false,centre_values=false",
-    "taylor:P=4,feature_projection=48,fallback_on_negative=false",
-    "taylor:P=5,feature_projection=32",
+    "taylor:P=7,feature_projection=8",
     "tiled:dense_first_steps=0",
 )
 
@@ -208,6 +208,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> None:
         ):  # fmt: skip
             outcomes.append(outcome)
             print(_line(_cells(outcome)), file=out, flush=True)
+    if len({outcome.case for outcome in outcomes}) > 1:
+        print(f"\nMedians\n{evaluation_summary.table(outcomes)}", file=out, flush=True)
     rows = [dataclasses.asdict(outcome) for outcome in outcomes]
     if arguments.csv:
         with arguments.csv.open("w", newline="", encoding="utf-8") as file:
@@ -218,7 +220,8 @@ def run(arguments: argparse.Namespace, out: TextIO) -> None:
         text = json.dumps(_finite(rows), indent=2, ensure_ascii=False)
         arguments.json.write_text(text + "\n", "utf-8")
     if arguments.html:
-        arguments.html.write_text(evaluation_page.page(_finite(rows), plotly), "utf-8")
+        report = evaluation_page.page(_finite(rows), evaluation_summary.medians(outcomes), plotly)
+        arguments.html.write_text(report, "utf-8")
 
 
 def _finite(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -268,10 +271,10 @@ def _on(case: Case, device: torch.device) -> Case:
 
 
 HEADINGS = (
-    "layer", "step", "sigma", "NMSE", "cosine", "mass bias", "ms", "exact ms", "time ÷",
+    "layer", "step", "sigma", "std", "NMSE", "cosine", "mass bias", "ms", "exact ms", "time ÷",
     "GFLOP", "FLOP ÷", "configuration",
 )  # fmt: skip
-_WIDTHS = (12, 5, 7, 10, 9, 10, 9, 9, 8, 9, 8, 0)
+_WIDTHS = (12, 5, 7, 6, 10, 9, 10, 9, 9, 8, 9, 8, 0)
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -287,7 +290,8 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     reason = f"   [{outcome.reason}]" if outcome.reason else ""
     return (
         outcome.layer[:12], str(outcome.step), number(outcome.sigma, ".4g"),
-        number(outcome.nmse, ".3g"), number(outcome.cosine, ".5f"),
+        number(outcome.logit_std, ".2f"), number(outcome.nmse, ".3g"),
+        number(outcome.cosine, ".5f"),
         number(outcome.log_mass_bias, "+.4f"), number(outcome.ms, ".1f"),
         number(outcome.exact_ms, ".1f"), number(outcome.time_ratio, ".2f"),
         number(gigaflops, ".2f"), number(outcome.flops_ratio, ".3f"),

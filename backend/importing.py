@@ -1,4 +1,7 @@
-"""Runs from a file of JSON lines, through the same code that takes a plugin's events."""
+"""Runs from a file of JSON lines, through the same code that takes a plugin's events.
+
+The file is one that export wrote, or one of results of hybrid attention.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from pydantic import ValidationError
 from ..db import changes, migrate, models, revisions, runs
 from ..db.session import Store, Transaction
 from ..wire import AnyEvent, Batch, ImageTaken, InstanceInfo, RevisionState
-from . import archive, ingest, validation
+from . import archive, hybrid_results, ingest, validation
+from .comparing import Comparer
 from .config import Config
 from .feed import Feed
 from .image_files import ImageFiles
@@ -56,12 +60,14 @@ def import_file(config: Config, path: Path) -> Report:
     """
     config.data_dir.mkdir(parents=True, exist_ok=True)
     store = Store(config.url, config.busy_timeout)
+    files = ImageFiles(config.images_dir)
     services = Services(
         config=config,
         store=store,
         feed=Feed(),
         mailboxes=Mailboxes(),
-        images=ImageFiles(config.images_dir),
+        images=files,
+        comparer=Comparer(files),
     )
     try:
         migrate.upgrade(store)
@@ -105,6 +111,10 @@ def import_lines(services: Services, file: IO[bytes]) -> Report:
     Raises:
         ImportFailed: naming the bad line; nothing was stored.
     """
+    if hybrid_results.is_result(file.readline()):
+        file.seek(0)
+        return _import_results(services, file)
+    file.seek(0)
     for _ in _lines(file, services.config):
         pass
     file.seek(0)
@@ -142,6 +152,22 @@ def _lines(file: IO[bytes], config: Config) -> Iterator[tuple[int, archive.Line]
         raise ImportFailed(f"line {number + 1}: the packed file is broken ({error})") from None
     if not isinstance(last, archive.End):
         raise ImportFailed(f"line {number + 1}: the file is cut off; its last line is missing")
+
+
+def _import_results(services: Services, file: IO[bytes]) -> Report:
+    read = []
+    for number, text in hybrid_results.lines(file):
+        try:
+            instance, events = hybrid_results.events_of(text)
+            for event in events:
+                validation.check_event(event, "result", services.config)
+        except (hybrid_results.BadLine, FieldErrors) as error:
+            raise ImportFailed(f"line {number}: {error}") from None
+        read.append((instance, events))
+    importer = _Importer(services)
+    for instance, events in read:
+        importer.take_run(instance, events)
+    return importer.report
 
 
 _HEAD_RULE = 'the first line, and no other, must say "kind": "attnscope-runs"'
@@ -187,6 +213,17 @@ class _Importer:
             self._flush()
             self._close_run(line)
             self.report.runs += 1
+
+    def take_run(self, instance: InstanceInfo, events: list[AnyEvent]) -> None:
+        """A whole run; one that is known already stays as it is."""
+        self.instance = instance
+        self.report.runs += 1
+        with self.services.store.read() as session:
+            if runs.find(session, events[0].run_id) is not None:
+                self.report.known += len(events)
+                return
+        self.events = events
+        self._flush()
 
     def _take_event(self, event: AnyEvent) -> None:
         self.events.append(event)

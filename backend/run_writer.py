@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import insert
 
 from ..attention.metrics import METRIC_NAMES
-from ..db import changes, models, numbers, revisions, runs, steps
+from ..db import changes, conditions, models, numbers, revisions, runs, steps
 from ..db.session import Transaction
 from ..wire import (
     AnyEvent,
@@ -96,6 +96,7 @@ class RunWriter:
     def _begin(self, instance_id: str, event: RunStarted) -> models.Run:
         settings = validation.settings(event.variant, event.settings, "settings.")
         stored = settings.model_dump(mode="json")
+        sampling, model = event.sampling.model_dump(), event.model.model_dump()
         run = models.Run(
             run_id=event.run_id,
             instance_id=instance_id,
@@ -106,8 +107,9 @@ class RunWriter:
             revision=0,
             applied_revision=0,
             instance_revision=event.instance_revision,
-            sampling=event.sampling.model_dump(),
-            model=event.model.model_dump(),
+            sampling=sampling,
+            model=model,
+            conditions=conditions.digest(sampling, model),
             started_at=event.at,
             last_event_at=event.at,
             heard_at=event.at if self.replay else now(),

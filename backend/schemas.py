@@ -82,6 +82,14 @@ class SettingGroup(Message):
     title: str
 
 
+class ScheduleInfo(Message):
+    """Something that a variant lets follow sigma."""
+
+    name: str
+    title: str
+    unit: str
+
+
 class VariantSchema(Message):
     """A variant and its settings."""
 
@@ -89,6 +97,7 @@ class VariantSchema(Message):
     title: str
     help: str
     fields: list[SettingField]
+    schedules: list[ScheduleInfo] = Field(description="what its settings let follow sigma")
     json_schema: dict[str, Any]
 
 
@@ -104,6 +113,10 @@ class MetricInfo(Message):
     unit: str
     direction: Literal["lower", "higher", "neutral"]
     log: bool
+    names: dict[str, str] = Field(
+        default_factory=dict,
+        description="what each value stands for, where the metric is a code; empty for numbers",
+    )
 
 
 class MetricInfos(Message):
@@ -291,6 +304,21 @@ class RevisionRequest(Message):
     )
 
 
+class SchedulesRequest(Message):
+    """Settings whose schedules are to be drawn. Nothing is changed."""
+
+    settings: dict[str, Any] = Field(
+        description="settings that differ from those in force; the others keep their value"
+    )
+
+
+class ScheduleFigures(Message):
+    """A plotly figure for each schedule, over the run's steps."""
+
+    tokens: int = Field(description="in the sequence; what a window over everything stands for")
+    figures: dict[str, dict[str, Any]] = Field(description="by the schedule's name")
+
+
 class InstanceSettingsRequest(Message):
     """Settings that later runs of the instance begin with."""
 
@@ -320,6 +348,116 @@ class Image(Message):
 
 class Images(Message):
     items: list[Image]
+
+
+class ComparedRun(Message):
+    """A run as a comparison shows it."""
+
+    run_id: str
+    label: str
+    variant: str
+    status: RunStatus
+    started_at: float
+    device: str = Field(description="that it was sampled on; empty where it isn't known")
+    model: ModelInfo
+    attn_ms: Number = Field(description="time in attention, summed over the run")
+    duration_ms: Number = Field(description="of the sampler; null while it runs")
+    finals: list[Image] = Field(description="finished images, in the order of the batch")
+
+
+class ConditionDifference(Message):
+    """A condition in which two runs differ."""
+
+    name: str = Field(examples=["seed"])
+    title: str
+    run: str = Field(description="the run's value, shortened")
+    baseline: str
+
+
+class Match(Message):
+    """Whether two runs differ in their attention alone."""
+
+    comparable: bool
+    differs: list[ConditionDifference]
+    unknown: list[str] = Field(
+        description="conditions that one of the runs doesn't tell, so that nothing was compared"
+    )
+
+
+class BaselineCandidate(Message):
+    run: ComparedRun
+    match: Match
+
+
+class Baseline(Message):
+    """Exact runs that a run can be compared with."""
+
+    run_id: str
+    candidates: list[BaselineCandidate] = Field(
+        description="comparable ones: those known to be of the same prompt first, then newest"
+    )
+    recommended: str | None = Field(
+        description="id of the first candidate with a finished image, else of the first"
+    )
+    reason: Literal["none_exact", "none_comparable", "conditions_unknown"] | None = Field(
+        description="why there is no candidate"
+    )
+    detail: str = Field(description="the reason in words, with what to do; empty without one")
+    nearest: BaselineCandidate | None = Field(
+        description="where none is comparable: the exact run with the fewest differences"
+    )
+
+
+class Ratio(Message):
+    """A time of a run beside its baseline's."""
+
+    run: Number
+    baseline: Number
+    ratio: Number = Field(description="run over baseline: below 1 is faster")
+
+
+class ErrorMap(Message):
+    """Where two images differ. A pixel's value is the largest error of its channels."""
+
+    url: str = Field(description="PNG; the query's scale may be another one of scales")
+    scale: int = Field(description="error, of 255, that the last colour stands for")
+    scales: list[int]
+    colors: list[str] = Field(description="from no error to the scale's end, evenly spaced")
+
+
+class ImagePair(Message):
+    """Two finished images beside each other."""
+
+    index: int = Field(description="place in the batch")
+    width: int
+    height: int
+    run: Image
+    baseline: Image
+    run_url: str
+    baseline_url: str
+    lossless: bool = Field(
+        description="whether both are stored as they came; false: the figures include the "
+        "losses of JPEG"
+    )
+    identical: bool = Field(description="no pixel differs")
+    psnr: Number = Field(description="dB; Infinity for identical images")
+    ssim: Number = Field(description="mean; null where a side is below 11 pixels")
+    mae: Number = Field(description="mean absolute error, of 255")
+    max_error: int = Field(description="of 255")
+    error_map: ErrorMap
+
+
+class Comparison(Message):
+    """A run against another one."""
+
+    run: ComparedRun
+    baseline: ComparedRun
+    match: Match
+    images: list[ImagePair]
+    unpaired: int = Field(description="images of either run that the other has no partner for")
+    attn_ms: Ratio
+    duration_ms: Ratio
+    same_device: bool = Field(description="whether the times may be compared at all")
 
 
 class Change(Message):

@@ -12,6 +12,7 @@ from .config import Config
 
 if TYPE_CHECKING:
     from ..db.session import Store
+    from .comparing import Comparer
     from .feed import Feed
     from .image_files import ImageFiles
     from .mailbox import Mailboxes
@@ -26,6 +27,7 @@ class Services:
     feed: Feed
     mailboxes: Mailboxes
     images: ImageFiles
+    comparer: Comparer
 
 
 async def of_request(connection: HTTPConnection) -> Services:

@@ -4,8 +4,8 @@ Before and after, everything is compared that a run of ours could have changed: 
 the modules and classes that attention and sampling go through, the original model's tables, hooks
 and options and those of our clones, the hook of the progress bars, the handlers of progress and
 logging, threads, signals, exception hooks and the spool's folder. Between the two lie runs that
-complete (monitor, Taylor, a chained override, two models), that raise and that are interrupted,
-with a server and without one.
+complete (monitor, Taylor, hybrid, a chained override, two models), that raise and that are
+interrupted, with a server and without one.
 
     COMFYUI_DIR=… python benchmarks/comfyui_restore.py
 
@@ -59,10 +59,12 @@ def run_all(plugin: Any, receiver: Any, models: dict[str, Any]) -> list[str]:
     runs = [
         ("monitor", models["monitor"], {}),
         ("taylor", models["taylor"], {"sampler": "heun"}),
+        ("hybrid", models["hybrid"], {"side": 16}),
         ("guidance", models["taylor"], {"cfg": 3.0, "tokens": (16, 15)}),
         ("chained override", models["chained"], {}),
         ("second model", models["second"], {"steps": 2}),
         ("exception", acting(models["taylor"], {2: fail}), {}),
+        ("exception in a hybrid run", acting(models["hybrid"], {2: fail}), {"side": 16}),
         ("interrupt", acting(models["monitor"], {1: management.interrupt_current_processing}), {}),
     ]  # fmt: skip
     for name, model, options in runs:
@@ -118,6 +120,14 @@ def main() -> None:
         models = {
             "monitor": prepared("exact", first),
             "taylor": prepared("taylor", first, min_tokens=1),
+            "hybrid": prepared(
+                "hybrid",
+                first,
+                min_tokens=1,
+                local_window=4,
+                local_chunk=16,
+                log_quality_stats=False,
+            ),
             "chained": prepared("taylor", chained(first), min_tokens=1),
             "second": prepared("exact", second),
         }

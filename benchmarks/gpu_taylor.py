@@ -1,8 +1,10 @@
 """Taylor attention's Triton paths on a GPU: right against float64, then timed against exact.
 
 Shapes are Flux's: 24 heads, d = 128, bf16, at 4,608, 16,896 and 66,048 tokens (1024², 2048² and
-4096² pictures with their text). Exact attention is the fastest of torch's own backends. Each
-part reports its own failure and the rest goes on. Without an NVIDIA GPU it says so and ends.
+4096² pictures with their text). Exact attention is the fastest of torch's own backends. "whole"
+rows time `attend.taylor_attention`, preparation and division included; "full" and "streaming"
+rows the sums alone. Each group of cases has a process of its own, for a fault on a GPU spoils the
+process. Without an NVIDIA GPU it says so and ends.
 
     PYTHONPATH=<folder that holds attnscope> python benchmarks/gpu_taylor.py --out table.md
 """
@@ -10,24 +12,27 @@ part reports its own failure and the rest goes on. Without an NVIDIA GPU it says
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from attnscope.attention.taylor import triton_full, triton_stream
+from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.features import feature_dim
-from attnscope.attention.taylor.triton_full import FullConfig, default_config
+from attnscope.attention.taylor.paths import pick
 from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
-from attnscope.attention.taylor.triton_plan import lifted_rows
 from attnscope.attention.taylor.triton_stream import StreamConfig
 from attnscope.attention.taylor.triton_support import kernels, unavailable
 
 RESULTS = (
+    "taylor_p3_speedup_4608",
     "taylor_p3_speedup_16896",
     "taylor_p4_speedup_16896",
     "taylor_p3_speedup_66048",
@@ -35,12 +40,12 @@ RESULTS = (
 )
 
 TOKENS = (4_608, 16_896, 66_048)
-TUNE_TOKENS = 16_896
 HEADS = 24
 HEAD_DIM = 128
 BLOCKS = 4
 NMSE_BOUND = 1e-5
-STARTED = time.monotonic()
+WHOLE_NMSE_BOUND = 3e-5
+"""Query and key are rounded once more, centred and scaled, and the output is bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +58,24 @@ class Case:
     value_dim: int = HEAD_DIM // BLOCKS
 
     @property
+    def sub_heads(self) -> int:
+        return HEADS * (HEAD_DIM // self.head_dim)
+
+    @property
     def useful_flop_per_token(self) -> int:
         """Of one sub-head, build and read, by the count of unique monomials."""
         return 4 * feature_dim(self.head_dim, self.terms) * self.value_dim
 
 
-CASES = (
-    Case("4 independent blocks", 3),
-    Case("4 independent blocks", 4),
-    Case("4 blocks, shared V", 3, value_dim=HEAD_DIM),
-    Case("4 blocks, shared V", 4, value_dim=HEAD_DIM),
-    Case("whole head", 3, head_dim=HEAD_DIM, value_dim=HEAD_DIM),
-)
-
-
-def say(*words: object) -> None:
-    print(f"[{time.monotonic() - STARTED:6.1f}s]", *words, flush=True)
-
-
-def spent(budget: float) -> bool:
-    return time.monotonic() - STARTED > budget
+CASES = {
+    "p3": Case("4 independent blocks", 3),
+    "p4": Case("4 independent blocks", 4),
+    "shared3": Case("4 blocks, shared V", 3, value_dim=HEAD_DIM),
+    "shared4": Case("4 blocks, shared V", 4, value_dim=HEAD_DIM),
+    "head": Case("whole head", 3, head_dim=HEAD_DIM, value_dim=HEAD_DIM),
+    "stream4": Case("4 independent blocks", 4),
+    "stream5": Case("16 blocks, independent", 5, head_dim=8, value_dim=8),
+}
 
 
 def milliseconds(call: Callable[[], object], target_ms: float = 120.0) -> float:
@@ -108,27 +111,48 @@ def graph_milliseconds(call: Callable[[], object]) -> float | None:
             call()
         return milliseconds(graph.replay)
     except Exception as error:
-        say("  CUDA graph:", one_line(error))
+        print("  CUDA graph:", one_line(error), flush=True)
         torch.cuda.synchronize()
         return None
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def inputs(case: Case, tokens: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(seed)
-    # A sub-head's values are the same tensor in every block where V is shared.
-    sub_heads = HEADS * (HEAD_DIM // case.head_dim)
+    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def inputs(case: Case, queries: int, keys: int, sub_heads: int) -> tuple[torch.Tensor, ...]:
+    """Query, key and value of sub-heads, the share of the scale included."""
     root = case.head_dim**-0.25
+    return (
+        normal(1, sub_heads, queries, case.head_dim, seed=0) * root,
+        normal(1, sub_heads, keys, case.head_dim, seed=1) * root,
+        normal(1, sub_heads, keys, case.value_dim, seed=2),
+    )
 
-    def normal(columns: int) -> torch.Tensor:
-        return torch.randn(
-            1, sub_heads, tokens, columns, device="cuda", generator=generator, dtype=torch.bfloat16
-        )
 
-    return normal(case.head_dim) * root, normal(case.head_dim) * root, normal(case.value_dim)
+def whole_inputs(queries: int, keys: int) -> tuple[torch.Tensor, ...]:
+    """Whole heads as a projection leaves them, tokens before heads in memory."""
+    return tuple(
+        normal(1, tokens, HEADS, HEAD_DIM, seed=seed).transpose(1, 2)
+        for seed, tokens in enumerate((queries, keys, keys))
+    )
+
+
+def whole_call(
+    case: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    options = Options(sub_head_blocks=HEAD_DIM // case.head_dim, sub_head_mode="independent")
+    choice, sums = pick("auto", StreamConfig(), options, query, value, case.terms)
+    print(f"whole {case}: {choice}", flush=True)
+    scale = HEAD_DIM**-0.5
+    return lambda: (
+        taylor_attention(query, key, value, scale, case.terms, options=options, sums=sums).out
+    )
 
 
 def reference(
@@ -148,114 +172,41 @@ def nmse(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def check(name: str, sums: Callable[..., tuple[torch.Tensor, torch.Tensor]], case: Case) -> bool:
     """One path against float64 at an odd length, with weights, NaN in masked keys and twice."""
-    good = True
-    # fp32 kernels take long to compile; the aims' cases stand for all.
-    bounds = {torch.bfloat16: NMSE_BOUND} | ({torch.float32: 1e-10} if case in CASES[:2] else {})
-    for dtype, bound in bounds.items():
-        try:
-            generator = torch.Generator("cuda").manual_seed(1)
-
-            def normal(
-                *shape: int, generator: torch.Generator = generator, dtype: torch.dtype = dtype
-            ) -> torch.Tensor:
-                return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
-
-            root = case.head_dim**-0.25
-            query = normal(1, 2, 333, case.head_dim) * root
-            key = normal(1, 2, 1777, case.head_dim) * root
-            value = normal(1, 2, 1777, case.value_dim)
-            weights = torch.rand(1, 1, 1777, device="cuda", generator=generator) + 0.1
-            weights[..., 5:50] = 0
-            wanted = reference(query, key, value, case.terms)
-            w_value = value.double() * weights.double()[..., None]
-            w_num, _ = reference(query, key, w_value, case.terms)
-            w_den, _ = reference(query, key, weights.double()[..., None], case.terms)
-            found = sums(query, key, value, case.terms)
-            again = sums(query, key, value, case.terms)
-            key[:, :, 5:50], value[:, :, 5:50] = float("nan"), float("inf")
-            weighted = sums(query, key, value, case.terms, weights=weights)
-            errors = [
-                nmse(found[0], wanted[0]),
-                nmse(found[1], wanted[1]),
-                nmse(weighted[0], w_num),
-                nmse(weighted[1], w_den),
-            ]
-            same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-            right = same and all(error <= bound for error in errors)
-            good &= right
-            say(
-                "PASS" if right else "FAIL",
-                f"{name} {case} {dtype}: NMSE num/den {errors[0]:.1e}/{errors[1]:.1e},",
-                f"weighted {errors[2]:.1e}/{errors[3]:.1e}, bound {bound:.0e},",
-                "equal bits" if same else "BITS DIFFER",
-            )
-        except Exception as error:
-            good = False
-            say(f"FAIL {name} {case} {dtype}:", one_line(error))
-    return good
+    query, key, value = inputs(case, 333, 1777, 2)
+    weights = normal(1, 1, 1777, seed=3, dtype=torch.float32).abs() + 0.1
+    weights[..., 5:50] = 0
+    wanted = reference(query, key, value, case.terms)
+    w_num, _ = reference(query, key, value.double() * weights.double()[..., None], case.terms)
+    w_den, _ = reference(query, key, weights.double()[..., None], case.terms)
+    found = sums(query, key, value, case.terms)
+    again = sums(query, key, value, case.terms)
+    key[:, :, 5:50], value[:, :, 5:50] = float("nan"), float("inf")
+    weighted = sums(query, key, value, case.terms, weights=weights)
+    errors = [
+        nmse(found[0], wanted[0]),
+        nmse(found[1], wanted[1]),
+        nmse(weighted[0], w_num),
+        nmse(weighted[1], w_den),
+    ]
+    same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    right = same and all(error <= NMSE_BOUND for error in errors)
+    print(
+        "PASS" if right else "FAIL",
+        f"{name} {case}: NMSE num/den {errors[0]:.1e}/{errors[1]:.1e},",
+        f"weighted {errors[2]:.1e}/{errors[3]:.1e}, {'equal bits' if same else 'BITS DIFFER'}",
+        flush=True,
+    )
+    return right
 
 
-def matmul_ceiling() -> float:
-    """TFLOP/s of an 8192³ bf16 product on random data."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
-
-
-def exact_times() -> dict[int, tuple[str, float]]:
-    """Fastest exact backend and its ms, by tokens."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    best: dict[int, tuple[str, float]] = {}
-    for tokens in TOKENS:
-        query, key, value = inputs(Case("exact", 1, HEAD_DIM, HEAD_DIM), tokens)
-        for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"):
-            try:
-                with sdpa_kernel(getattr(SDPBackend, backend)):
-                    ms = milliseconds(
-                        lambda q=query, k=key, v=value: (
-                            torch.nn.functional.scaled_dot_product_attention(q, k, v)
-                        )
-                    )
-            except Exception as error:
-                say(f"exact {tokens} {backend}:", one_line(error))
-                continue
-            tflops = 4 * tokens**2 * HEAD_DIM * HEADS / ms / 1e9
-            say(f"exact {tokens} {backend}: {ms:.3f} ms, {tflops:.0f} TFLOP/s")
-            if tokens not in best or ms < best[tokens][1]:
-                best[tokens] = (backend.split("_")[0].lower(), ms)
-    return best
-
-
-def full_configs(case: Case) -> list[tuple[str, FullConfig]]:
-    """The default, then variations of the build's and of the read's options."""
-    base = default_config(case.head_dim, case.value_dim, case.terms, torch.bfloat16)
-    build: list[dict[str, int]] = [
-        {"block_t": t, "build_warps": w, "build_stages": s}
-        for t, w, s in (
-            (64, 8, 2), (64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2), (32, 4, 3)
-        )
-    ]  # fmt: skip
-    read: list[dict[str, int]] = [
-        {"block_m": m, "read_warps": w, "read_stages": s}
-        for m, w, s in (
-            (128, 8, 2), (128, 8, 4), (128, 4, 3), (64, 4, 3), (64, 4, 4), (256, 8, 3),
-            (256, 16, 3),
-        )
-    ]  # fmt: skip
-    # Smaller tiles waste fewer rows on products that are not sorted, larger ones run faster.
-    pairs = [(base.chunk, base.lifts), (base.chunk * 2, base.lifts)]
-    if case.value_dim <= 64:
-        pairs += [(base.chunk, base.lifts * 2), (base.chunk, base.lifts // 2)]
-    if case.terms >= 4:
-        pairs += [(base.chunk // 2, base.lifts), (base.chunk // 2, base.lifts * 2)]
-    shapes: list[dict[str, int]] = [{"chunk": c, "lifts": n} for c, n in pairs]
-    if case not in CASES[:2]:
-        # The cases that the aims are about get most of the time.
-        build, read = build[:3], read[:3]
-    found = [("both", replace(base, **shape)) for shape in shapes]
-    found += [("build", replace(base, **change)) for change in build]
-    found += [("read", replace(base, **change)) for change in read]
-    return found
+def check_whole(case: Case) -> bool:
+    """The whole call against the same in float64 and in torch."""
+    tensors = whole_inputs(333, 1777)
+    found = whole_call(case, *tensors)()
+    error = nmse(found, whole_call(case, *(x.double() for x in tensors))())
+    right = error <= WHOLE_NMSE_BOUND
+    print("PASS" if right else "FAIL", f"whole {case}: NMSE {error:.1e}", flush=True)
+    return right
 
 
 def spills(module_name: str, kernel_name: str) -> str:
@@ -263,185 +214,146 @@ def spills(module_name: str, kernel_name: str) -> str:
     try:
         kernel = getattr(kernels(module_name), kernel_name)
         compiled = list(kernel.device_caches[torch.cuda.current_device()][0].values())[-1]
-        return (
-            f"{compiled.n_regs} regs, {compiled.n_spills} spills, "
-            f"{compiled.metadata.shared} B shared"
-        )
+        return f"{compiled.n_regs}/{compiled.n_spills}/{compiled.metadata.shared}"
     except Exception as error:
         return f"no resource usage ({one_line(error)[:60]})"
 
 
-def tune_full(case: Case, budget: float) -> FullConfig:
-    """The fastest tile sizes at `TUNE_TOKENS`, build and read apart; prints every one."""
-    query, key, value = inputs(case, TUNE_TOKENS)
-    base = default_config(case.head_dim, case.value_dim, case.terms, torch.bfloat16)
-    best = base
-    fastest = {"build": float("inf"), "read": float("inf")}
-    shape_total = float("inf")
-    for part, option in full_configs(case):
-        if spent(budget):
-            say("  tuning ends here: its time is up")
-            break
-        # What the shapes' round found best carries over to the later rounds.
-        config = option if part == "both" else replace(
-            option, chunk=best.chunk, lifts=best.lifts
-        )  # fmt: skip
-        times: dict[str, float] = {}
-        try:
-            statistics = triton_full.build(key, value, case.terms, weights=None, config=config)
-            if part in ("both", "build"):
-                times["build"] = milliseconds(
-                    lambda c=config: triton_full.build(
-                        key, value, case.terms, weights=None, config=c
-                    ),
-                    40,
-                )
-            if part in ("both", "read"):
-                times["read"] = milliseconds(
-                    lambda c=config, s=statistics: triton_full.read(
-                        query, s, case.terms, case.value_dim, config=c
-                    ),
-                    40,
-                )
-        except Exception as error:
-            say(f"  {part} {config}: {one_line(error)}")
-            torch.cuda.synchronize()
-            continue
-        shown = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
-        say(
-            f"  {shown}: {config}",
-            f"[build {spills('triton_full_kernels', 'build_kernel')};"
-            f" read {spills('triton_full_kernels', 'read_kernel')}]",
+def measure(
+    case: Case, path: str, tokens: int, call: Callable[[], object], expected: int | None
+) -> None:
+    """Time ``call`` and print its row as JSON for the process above."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    ms = milliseconds(call)
+    graph = graph_milliseconds(call)
+    tflop = case.useful_flop_per_token * case.sub_heads * tokens / 1e12
+    row = {
+        "mode": case.name, "terms": case.terms, "path": path, "tokens": tokens, "ms": ms,
+        "graph": graph, "tflops": tflop / (graph or ms) * 1e3, "peak": peak / 2**20,
+        "expected": expected / 2**20 if expected else None,
+    }  # fmt: skip
+    print("ROW", json.dumps(row), flush=True)
+
+
+def run_group(name: str) -> int:
+    """Check and time one group of cases."""
+    case = CASES[name]
+    good = True
+    if name.startswith("stream"):
+        good &= check("streaming", triton_stream.sums, case)
+        # It is not made to be fast: the shortest length alone.
+        tokens, config = TOKENS[0], StreamConfig()
+        tensors = inputs(case, tokens, tokens, case.sub_heads)
+        expected = streaming_memory_bytes(
+            case.sub_heads,
+            tokens,
+            case.head_dim,
+            case.value_dim,
+            case.terms,
+            torch.bfloat16,
         )
-        if part == "both":
-            if sum(times.values()) < shape_total:
-                shape_total, best, fastest = sum(times.values()), config, dict(times)
-        elif times[part] < fastest[part]:
-            fastest[part] = times[part]
-            names = (
-                ("block_t", "build_warps", "build_stages")
-                if part == "build"
-                else ("block_m", "read_warps", "read_stages")
-            )
-            best = replace(best, **{name: getattr(config, name) for name in names})
-    say(f"best of {case}: {best}")
-    return best
 
+        def stream() -> object:
+            return triton_stream.sums(*tensors, case.terms, config=config)
 
-def measure_full(
-    case: Case, config: FullConfig, exact: dict[int, tuple[str, float]], ceiling: float
-) -> list[str]:
-    """Table rows of one case at every length."""
-    rows = []
-    sub_heads = HEADS * (HEAD_DIM // case.head_dim)
+        measure(case, "streaming", tokens, stream, expected)
+        return 0 if good else 1
+    good &= check("full", triton_full.sums, case)
+    independent = case.value_dim == case.head_dim
+    if independent:
+        good &= check_whole(case)
     for tokens in TOKENS:
-        try:
-            query, key, value = inputs(case, tokens)
-
-            def call(
-                q: torch.Tensor = query, k: torch.Tensor = key, v: torch.Tensor = value
-            ) -> object:
-                return triton_full.sums(q, k, v, case.terms, config=config)
-
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-            expected = full_memory_bytes(
-                sub_heads, tokens, tokens, case.head_dim, case.value_dim, case.terms,
-                torch.bfloat16, config=config,
-            )  # fmt: skip
-            ms = milliseconds(call)
-            graph = graph_milliseconds(call)
-            rows.append(row(case, "full", tokens, ms, graph, exact, ceiling, peak, expected))
-        except Exception as error:
-            say(f"full {case} at {tokens}:", one_line(error))
-            torch.cuda.empty_cache()
-    return rows
+        expected = full_memory_bytes(
+            case.sub_heads,
+            tokens,
+            tokens,
+            case.head_dim,
+            case.value_dim,
+            case.terms,
+            torch.bfloat16,
+        )
+        sums = partial(triton_full.sums, *inputs(case, tokens, tokens, case.sub_heads), case.terms)
+        measure(case, "full", tokens, sums, expected)
+        del sums
+        if independent:
+            measure(case, "whole", tokens, whole_call(case, *whole_inputs(tokens, tokens)), None)
+        torch.cuda.empty_cache()
+    for kernel in ("build_kernel", "read_kernel"):
+        usage = spills("triton_full_kernels", kernel)
+        print(f"{kernel}: registers/spills/shared {usage}", flush=True)
+    return 0 if good else 1
 
 
-def row(
-    case: Case,
-    path: str,
-    tokens: int,
-    ms: float,
-    graph: float | None,
-    exact: dict[int, tuple[str, float]],
-    ceiling: float,
-    peak: int,
-    expected: int,
-) -> str:
-    sub_heads = HEADS * (HEAD_DIM // case.head_dim)
-    best = min(ms, graph or ms)
-    tflops = case.useful_flop_per_token * sub_heads * tokens / best / 1e9
+def run_exact() -> int:
+    """The matmul ceiling and the fastest exact backend at each length."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    a, b = (normal(8192, 8192, seed=seed) for seed in range(2))
+    print("ROW", json.dumps({"ceiling": 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9}))
+    for tokens in TOKENS:
+        tensors = whole_inputs(tokens, tokens)
+        for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+            try:
+                with sdpa_kernel(getattr(SDPBackend, backend)):
+                    ms = milliseconds(
+                        lambda t=tensors: torch.nn.functional.scaled_dot_product_attention(*t)
+                    )
+            except Exception as error:
+                print(f"exact {tokens} {backend}:", one_line(error), flush=True)
+                continue
+            row = {"exact": tokens, "backend": backend.split("_")[0].lower(), "ms": ms}
+            print("ROW", json.dumps(row), flush=True)
+    return 0
+
+
+def start(name: str, seconds: float) -> tuple[list[dict[str, object]], bool]:
+    """Run one group in a process of its own: its rows, and whether all was well."""
+    command = [sys.executable, __file__, "--group", name]
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
+        output, failed = done.stdout, done.returncode != 0
+    except subprocess.TimeoutExpired as expired:
+        raw = expired.stdout or b""
+        output = raw.decode() if isinstance(raw, bytes) else raw
+        output, failed = output + f"\n{name}: cut off after {seconds:.0f} s", True
+    lines = output.splitlines()
+    rows = [json.loads(line[4:]) for line in lines if line.startswith("ROW ")]
+    # A compiler's complaint may be thousands of lines; what it is about stands at its end.
+    told = [line[:240] for line in lines if line and not line.startswith("ROW ")]
+    for line in told if len(told) <= 12 else [*told[:4], "…", *told[-8:]]:
+        print(f"  {line}", flush=True)
+    return rows, not failed
+
+
+def table_row(
+    row: dict[str, object], exact: dict[int, tuple[str, float]], ceiling: float
+) -> tuple[str, float]:
+    """A row of the table and its speed-up over exact attention."""
+    graph, expected, tokens = row["graph"], row["expected"], int(str(row["tokens"]))
     backend, exact_ms = exact.get(tokens, ("none", float("nan")))
-    name = f"taylor_p{case.terms}_speedup_{tokens}"
-    if path == "full" and case.name == CASES[0].name and name in RESULTS:
-        print(f"RESULT {name} {exact_ms / best:.3f}", flush=True)
-    say(
-        f"{path} {case.name} P={case.terms} N={tokens}: {ms:.3f} ms (graph {graph or 0:.3f}),",
-        f"{exact_ms / best:.2f}x {backend}, {tflops:.0f} useful TFLOP/s of {ceiling:.0f},",
-        f"{peak / 2**20:.0f} MiB (estimate {expected / 2**20:.0f})",
-    )
-    shown = f"{graph:.3f}" if graph else "-"
+    speedup = exact_ms / float(str(graph or row["ms"]))
+    tflops = float(str(row["tflops"]))
+    shown = "-" if graph is None else f"{graph:.3f}"
     return (
-        f"| {case.name} | {case.terms} | {path} | {tokens:,} | {ms:.3f} | {shown} | "
-        f"{exact_ms:.3f} ({backend}) | {exact_ms / best:.2f} | {tflops:.0f} | "
-        f"{tflops / ceiling:.0%} | {peak / 2**20:.0f} | {expected / 2**20:.0f} |"
-    )
-
-
-def measure_streaming(exact: dict[int, tuple[str, float]], ceiling: float) -> list[str]:
-    """Table rows of the streaming path, at the shortest length: it is not made to be fast."""
-    rows = []
-    tokens = TOKENS[0]
-    for case, config in (
-        (CASES[0], StreamConfig()),
-        (CASES[0], StreamConfig(store_bf16=True)),
-        (CASES[1], StreamConfig(store_bf16=True)),
-        (CASES[1], StreamConfig(store_bf16=True, block_f=128, block_m=128, warps=8)),
-        (CASES[4], StreamConfig(store_bf16=True)),
-    ):
-        try:
-            query, key, value = inputs(case, tokens)
-
-            def call(
-                q: torch.Tensor = query,
-                k: torch.Tensor = key,
-                v: torch.Tensor = value,
-                c: StreamConfig = config,
-                terms: int = case.terms,
-            ) -> object:
-                return triton_stream.sums(q, k, v, terms, config=c)
-
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-            expected = streaming_memory_bytes(
-                query.shape[1], tokens, case.head_dim, case.value_dim, case.terms, query.dtype,
-                config=config,
-            )  # fmt: skip
-            say(
-                f"  {config} [build {spills('triton_stream_kernels', 'build_chunk_kernel')};"
-                f" read {spills('triton_stream_kernels', 'read_chunk_kernel')}]"
-            )
-            ms = milliseconds(call)
-            path = "streaming, bf16 sums" if config.store_bf16 else "streaming"
-            rows.append(row(case, path, tokens, ms, None, exact, ceiling, peak, expected))
-        except Exception as error:
-            say(f"streaming {case}:", one_line(error))
-            torch.cuda.empty_cache()
-    return rows
+        f"| {row['mode']} | {row['terms']} | {row['path']} | {tokens:,} | {row['ms']:.3f} "
+        f"| {shown} | {exact_ms:.3f} ({backend}) | {speedup:.2f} | {tflops:.0f} "
+        f"| {tflops / ceiling:.0%} | {row['peak']:.0f} "
+        f"| {'-' if expected is None else f'{expected:.0f}'} |"
+    ), speedup
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="markdown table to write")
-    parser.add_argument("--seconds", type=float, default=400.0, help="time limit, roughly")
-    parser.add_argument("--no-tune", action="store_true", help="default tile sizes only")
+    parser.add_argument("--seconds", type=float, default=330.0, help="time limit")
+    parser.add_argument("--groups", default=",".join(CASES), help="which cases, by name")
+    parser.add_argument("--group", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU: nothing to measure")
@@ -450,11 +362,16 @@ def main() -> int:
     if reason:
         print(f"no measurement: {reason}")
         return 0
-    triton = sys.modules.get("triton") or __import__("triton")
-    properties = torch.cuda.get_device_properties(0)
-    machine = f"{properties.name}, torch {torch.__version__}, triton {triton.__version__}"
-    say(machine)
-
+    if arguments.group:
+        try:
+            return run_exact() if arguments.group == "exact" else run_group(arguments.group)
+        except Exception as error:
+            print(one_line(error))
+            return 1
+    started = time.monotonic()
+    triton = __import__("triton")
+    name = torch.cuda.get_device_properties(0).name
+    machine = f"{name}, torch {torch.__version__}, triton {triton.__version__}"
     lines = [
         f"Taylor attention on {machine}; {HEADS} heads, d = {HEAD_DIM}, bf16.",
         "",
@@ -462,49 +379,34 @@ def main() -> int:
         "| of matmul | peak MiB | estimate MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-
-    notes = ["", "Tile sizes:", ""]
-
-    def write() -> None:
-        if arguments.out:
-            arguments.out.write_text("\n".join(lines + notes) + "\n", encoding="utf-8")
-
-    failed = False
-    ceiling = float("nan")
+    print(machine, flush=True)
+    rows, failed = start("exact", 60)[0], False
+    ceiling = float(str(next((row["ceiling"] for row in rows if "ceiling" in row), "nan")))
     exact: dict[int, tuple[str, float]] = {}
-    try:
-        ceiling = matmul_ceiling()
-        say(f"matmul ceiling {ceiling:.0f} TFLOP/s")
-        exact = exact_times()
-    except Exception:
-        traceback.print_exc()
-    for case in CASES:
-        failed |= not check("full", triton_full.sums, case)
-    for case in (*CASES[:2], Case("blocks of 8", 5, 8, 16)):
-        failed |= not check("streaming", triton_stream.sums, case)
-    for index, case in enumerate(CASES):
-        if spent(arguments.seconds):
-            say(f"left out for time: {case}")
+    for row in rows:
+        if "exact" in row:
+            tokens, found = int(str(row["exact"])), (str(row["backend"]), float(str(row["ms"])))
+            if tokens not in exact or found[1] < exact[tokens][1]:
+                exact[tokens] = found
+    print(f"matmul ceiling {ceiling:.0f} TFLOP/s, exact {exact}", flush=True)
+    for group in arguments.groups.split(","):
+        left = arguments.seconds - (time.monotonic() - started)
+        if left < 10:
+            print(f"left out for time: {group}")
             continue
-        try:
-            # Each case may use an equal share of what is left, the streaming path too.
-            now = time.monotonic() - STARTED
-            share = now + (arguments.seconds - now) / (len(CASES) + 1 - index)
-            base = default_config(case.head_dim, case.value_dim, case.terms, torch.bfloat16)
-            rows = lifted_rows(case.head_dim, case.terms, base)
-            say(f"full {case}: R {feature_dim(case.head_dim, case.terms)}, lifted rows {rows}")
-            config = base if arguments.no_tune else tune_full(case, share)
-            lines += measure_full(case, config, exact, ceiling)
-            notes.append(f"- {case.name}, P = {case.terms}: `{config}`")
-        except Exception:
-            failed = True
-            traceback.print_exc()
-        torch.cuda.empty_cache()
-        write()
-    if not spent(arguments.seconds):
-        lines += measure_streaming(exact, ceiling)
-    write()
-    say("done", "with failures" if failed else "")
+        print(f"[{time.monotonic() - started:5.1f}s] {group}: {CASES[group]}", flush=True)
+        rows, good = start(group, left)
+        failed |= not good
+        for row in rows:
+            line, speedup = table_row(row, exact, ceiling)
+            lines.append(line)
+            print(f"  {line}", flush=True)
+            result = f"taylor_p{row['terms']}_speedup_{row['tokens']}"
+            if row["path"] == "whole" and group in ("p3", "p4") and result in RESULTS:
+                print(f"RESULT {result} {speedup:.3f}", flush=True)
+        if arguments.out:
+            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("done", "with failures" if failed else "", f"{time.monotonic() - started:.0f} s")
     return 1 if failed else 0
 
 

@@ -1,18 +1,24 @@
-"""What watching costs the sampler: sampling time with the monitor on over the plain model.
+"""What watching costs the sampler: sampling time with telemetry on over the same without it.
 
-The same small Flux (64×64 latent, 1,024 image and 32 text tokens, attention exact on both sides)
-is sampled by ComfyUI's own sampler in one process, plain and monitored in turn, the order changing
-from pair to pair; each pair gives a ratio, and the median of the ratios counts. A sampling has 20
-steps, as users' do; quartiles are printed because the machine's speed drifts by more than what is
-to be measured.
+The same small Flux (64×64 latent, 1,024 image and 32 text tokens) is sampled by ComfyUI's own
+sampler in one process, watched and unwatched in turn, the order changing from pair to pair; each
+pair gives a ratio, and the median of the ratios counts. A sampling has 20 steps, as users' do;
+quartiles and the processors' time are printed because the machine's speed drifts by more than what
+is to be measured. The attention is the same on both sides.
 
-``telemetry_overhead``: recorder and outbox against a receiver in a process of its own that does
-no more than a receiver must: it unpacks a batch, looks the sequence numbers up and answers them.
-``telemetry_overhead_with_server``: the same with the real server, which validates, stores and
-publishes every event on the same cores.
+That drift can hide the ratio. So each comparison also prints an account of the same samplings: the
+time inside our hooks on the sampler's thread, and with it the link's processor time, over the time
+of the unwatched samplings. It leaves out what our work does to the caches and to the other core.
 
-Both leave the q·k statistics out (``quality_samples=0``), which are a measurement that the user
-chooses and not part of the telemetry; a further line tells what they cost with default settings.
+``telemetry_overhead``: the monitor at its defaults, statistics of every call at every step,
+against the plain model. The receiver, in a process of its own, does no more than a receiver must:
+it unpacks a batch, looks the sequence numbers up and answers them. A further line tells what the
+recorder and outbox cost by themselves (``quality_samples=0``).
+``telemetry_overhead_all``: Taylor attention with every diagnostic that there is: besides those of
+the monitor the error against exact attention, the same after shaping, and the log mass. The other
+side is the same Taylor attention, told to send nothing.
+``telemetry_overhead_with_server``: recorder and outbox (``quality_samples=0``) with the real
+server, which validates, stores and publishes every event on the same cores.
 
     COMFYUI_DIR=… python benchmarks/telemetry_overhead.py
 """
@@ -35,16 +41,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "comfyui"), str(ROOT / "tools")]
 
-RESULTS = ("telemetry_overhead", "telemetry_overhead_with_server")
+RESULTS = (
+    "telemetry_overhead",
+    "telemetry_overhead_all",
+    "telemetry_overhead_with_server",
+)
 
 SIDE = 64
 STEPS = 20
-PAIRS = 30
+PAIRS = 16
+"""Each result then takes three minutes."""
+
+TAYLOR = {"P": 3, "feature_projection": 32, "qk_norm_power": 0.5}
+"""A step about as short as exact attention's, of which the diagnostics are the largest share.
+Shaping gives the effective errors something to compare."""
+DEFAULT = frozenset(["qk_std", "qk_p01", "qk_p50", "qk_p99", "q_norm", "k_norm", "attn_ms"])
+ALL = DEFAULT | frozenset(
+    ["nmse", "cosine", "nmse_eff", "cosine_eff", "log_mass_bias", "denom_min", "denom_bad_frac"]
+)
 
 # Left to itself, glibc gives memory back to the system after every large tensor of a plain run
 # and not where a small one of ours lies above it, which makes the plain side up to 10 % slower.
@@ -113,26 +132,124 @@ def real_server() -> Iterator[str]:
             service.stop()
 
 
+class Account:
+    """Seconds that the sampler's thread spends in our hooks, whatever else the machine does.
+
+    A hook calls ComfyUI, which calls the next hook: each moment counts for whoever works in it.
+    """
+
+    def __init__(self) -> None:
+        self.ours = 0.0
+        self._in_ours = False
+        self._since = 0.0
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def _turn(self, ours: bool) -> bool:
+        """Whose work comes now; answers whose it was."""
+        before, now = self._in_ours, time.perf_counter()
+        if before:
+            self.ours += now - self._since
+        self._in_ours, self._since = ours, now
+        return before
+
+    def wrap(self, work: Callable[..., Any], ours: bool) -> Callable[..., Any]:
+        """The same function, its time counted as ours or not."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            before = self._turn(ours)
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self._turn(before)
+
+        return counted
+
+    def _replace(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
+        self._undo.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, new)
+
+    def _count(self, owner: Any, name: str, ours: bool) -> None:
+        self._replace(owner, name, self.wrap(getattr(owner, name), ours))
+
+    def _count_hook(self, hook: type) -> None:
+        """A hook is handed what it stands before: the sampler, the model, exact attention."""
+        call = self.wrap(hook.__call__, True)  # type: ignore[operator]
+
+        def counted(hook_: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
+            return call(hook_, _Theirs(inner, self), *args, **kwargs)
+
+        self._replace(hook, "__call__", counted)
+
+    @contextmanager
+    def kept(self) -> Iterator[Account]:
+        """Count for the length of the context."""
+        from attnscope.attention.taylor import attend, variant
+        from attnscope.comfy_plugin import hooks
+
+        for hook in (hooks.SamplerHook, hooks._Evaluation, hooks._ModelCall, hooks.AttentionHook):
+            self._count_hook(hook)
+        self._count(hooks._Callback, "__call__", True)
+        # Taylor attention is no telemetry, but for the mass that is made for it alone.
+        self._count(variant, "taylor_attention", False)
+        self._count(attend, "log_mass", True)
+        self._count(variant, "shape", False)
+        try:
+            yield self
+        finally:
+            for owner, name, old in reversed(self._undo):
+                setattr(owner, name, old)
+
+
+class _Theirs:
+    """What a hook stands before, with its time taken off ours."""
+
+    def __init__(self, inner: Any, account: Account) -> None:
+        self._inner = inner
+        self._call = account.wrap(inner, False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Taken(NamedTuple):
+    """Seconds of one sampling."""
+
+    clock: float
+    processors: float
+    """Of this process."""
+    hooks: float
+    """In our hooks, on the sampler's thread."""
+    link: float
+    """Of the processor, on the link's thread."""
+
+
 @dataclass
 class Figures:
-    """Pairs of samplings, monitored and plain: seconds by the clock and of the processors."""
+    """Pairs of samplings, watched and not."""
 
-    on: list[tuple[float, float]]
-    off: list[tuple[float, float]]
+    on: list[Taken]
+    off: list[Taken]
 
-    def median(self, side: list[tuple[float, float]], which: int) -> float:
-        return statistics.median(item[which] for item in side)
+    def median(self, side: list[Taken], which: str) -> float:
+        return statistics.median(getattr(item, which) for item in side)
 
-    def ratios(self, which: int) -> list[float]:
+    def ratios(self, which: str) -> list[float]:
         """Quartiles of the pairs' ratios."""
         pairs = zip(self.on, self.off, strict=True)
-        return statistics.quantiles(on[which] / off[which] for on, off in pairs)
+        return statistics.quantiles(getattr(on, which) / getattr(off, which) for on, off in pairs)
+
+    def more(self, which: str) -> float:
+        """Seconds by which the watched side's median is above the other's."""
+        return self.median(self.on, which) - self.median(self.off, which)
 
 
 class Sampler:
-    """Samples the small Flux plain and monitored."""
+    """Samples the small Flux watched and not."""
 
-    def __init__(self, url: str, folder: Path, **settings: Any) -> None:
+    def __init__(self, url: str, folder: Path, variant: str, settings: dict[str, Any]) -> None:
         from flux import small_flux
 
         from attnscope.attention.settings import settings_model
@@ -144,23 +261,38 @@ class Sampler:
         hooks.get_plugin = lambda: self.plugin
         self.config = Config(url=url)
         self.plain = small_flux(mlp_ratio=4.0)
-        plan = hooks.Plan("exact", settings_model("exact")(**settings), "", self.config)
-        self.monitored = hooks.attach(self.plain, plan)
+        chosen = settings_model(variant)(**settings)
+        self.watched = hooks.attach(self.plain, hooks.Plan(variant, chosen, "", self.config))
+        silent = hooks.Plan(variant, chosen, "", Config(url=url, disabled=True))
+        # What the monitor leaves when it is told to send nothing is the plain model.
+        self.unwatched = hooks.attach(self.plain, silent)
 
-    def time(self, model: Any) -> tuple[float, float]:
-        """Seconds of one sampling, by the clock and of this process's processors.
+    def link_seconds(self) -> float:
+        """Of the processor, that the link's thread has taken; it outlasts a run by a second."""
+        thread = self.plugin.link._thread
+        if thread is None or thread.ident is None:
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
 
-        What the link does when the sampler has returned is waited for, and counted in the second.
+    def time(self, model: Any) -> Taken:
+        """Sample once.
+
+        What the link does when the sampler has returned is waited for, and counted but for the
+        clock.
         """
         from flux import sample
 
         # Both sides begin with the model loaded, the threads awake and the allocator warm.
         sample(self.plain, side=SIDE, steps=1, tokens=(32, 32))
+        self.plugin.link.ensure()
+        link, account = self.link_seconds(), Account()
         wall, processors = time.perf_counter(), time.process_time()
-        sample(model, side=SIDE, steps=STEPS, tokens=(32, 32))
+        with account.kept():
+            sample(model, side=SIDE, steps=STEPS, tokens=(32, 32))
         wall = time.perf_counter() - wall
         self.wait_until_sent()
-        return wall, time.process_time() - processors
+        processors = time.process_time() - processors
+        return Taken(wall, processors, account.ours, self.link_seconds() - link)
 
     def wait_until_sent(self) -> None:
         """Let the link finish what the last sampling left it."""
@@ -172,30 +304,78 @@ class Sampler:
 
     def measure(self, pairs: int) -> Figures:
         """Pairs of samplings in turn."""
-        for model in (self.plain, self.monitored):
+        for model in (self.unwatched, self.watched):
             self.time(model)
-        on, off = [], []
+        on: list[Taken] = []
+        off: list[Taken] = []
         for pair in range(pairs):
-            order = [(self.monitored, on), (self.plain, off)]
+            order = [(self.watched, on), (self.unwatched, off)]
             for model, times in order if pair % 2 else reversed(order):
                 times.append(self.time(model))
         return Figures(on, off)
 
 
-def compare(what: str, receiver: Callable[[], Any], pairs: int, **settings: Any) -> float:
-    """Measure against a receiver, and print both sides."""
-    with receiver() as url, tempfile.TemporaryDirectory() as folder:
-        figures = Sampler(url, Path(folder), **settings).measure(pairs)
-    for which, name in enumerate(("clock", "processors")):
+@contextmanager
+def watched_metrics() -> Iterator[set[str]]:
+    """The metrics that every layer had at every step; complete when the context has ended."""
+    from attnscope.comfy_plugin.recorder import ClosedStep
+
+    everywhere: set[str] = set()
+    steps: list[set[str]] = []
+    build = ClosedStep.build
+
+    def listening(self: ClosedStep, seq: int) -> Any:
+        closed = build(self, seq)
+        steps.append({n for n, column in closed.layers.metrics.items() if None not in column})
+        return closed
+
+    ClosedStep.build = listening  # type: ignore[method-assign]
+    try:
+        yield everywhere
+    finally:
+        ClosedStep.build = build  # type: ignore[method-assign]
+        everywhere |= set.intersection(*steps) if steps else set()
+
+
+def compare(
+    what: str,
+    receiver: Callable[[], Any],
+    pairs: int,
+    variant: str = "exact",
+    diagnostics: frozenset[str] = frozenset(),
+    **settings: Any,
+) -> float:
+    """Measure against a receiver, and print both sides.
+
+    Args:
+        what: for people.
+        receiver: of the events.
+        pairs: of samplings.
+        variant: that runs on both sides.
+        diagnostics: metrics that every layer has to have had at every step.
+        settings: of the variant.
+    """
+    with receiver() as url, tempfile.TemporaryDirectory() as folder, watched_metrics() as seen:
+        figures = Sampler(url, Path(folder), variant, settings).measure(pairs)
+    assert diagnostics <= seen, f"not measured everywhere: {sorted(diagnostics - seen)}"
+    for which in ("clock", "processors"):
         on, off = (figures.median(side, which) for side in (figures.on, figures.off))
         low, middle, high = figures.ratios(which)
         print(
-            f"{what}, {name}: monitored {on / STEPS * 1e3:.1f} ms a step, plain "
+            f"{what}, {which}: watched {on / STEPS * 1e3:.1f} ms a step, unwatched "
             f"{off / STEPS * 1e3:.1f} ms a step, median ratio of {pairs} pairs {middle:.4f} "
             f"(quartiles {low:.4f} and {high:.4f})",
             flush=True,
         )
-    return figures.ratios(0)[1]
+    hooks, link = figures.more("hooks"), figures.more("link")
+    plain = figures.median(figures.off, "clock")
+    print(
+        f"{what}, account: {hooks / STEPS * 1e3:.2f} ms a step more in our hooks, "
+        f"{link / STEPS * 1e3:.2f} ms of the link's thread, of {plain / STEPS * 1e3:.1f} ms "
+        f"unwatched: {hooks / plain:.4f} and {(hooks + link) / plain:.4f}",
+        flush=True,
+    )
+    return figures.ratios("clock")[1]
 
 
 def main() -> None:
@@ -223,12 +403,24 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     only = os.environ.get("BENCH_ONLY")
     if only in (None, RESULTS[0]):
-        ratio = compare("bare receiver", bare_receiver, options.pairs, quality_samples=0)
-        compare("bare receiver, q·k statistics on", bare_receiver, options.pairs // 3)
+        compare("recorder alone", bare_receiver, max(2, options.pairs // 4), quality_samples=0)
+        ratio = compare(
+            "monitor at its defaults", bare_receiver, options.pairs, diagnostics=DEFAULT
+        )
         print(f"RESULT {RESULTS[0]} {ratio:.4f}")
     if only in (None, RESULTS[1]):
-        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        ratio = compare(
+            "every diagnostic",
+            bare_receiver,
+            options.pairs,
+            "taylor",
+            diagnostics=ALL,
+            **TAYLOR,
+        )
         print(f"RESULT {RESULTS[1]} {ratio:.4f}")
+    if only in (None, RESULTS[2]):
+        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        print(f"RESULT {RESULTS[2]} {ratio:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,22 +20,26 @@ from typing import Any
 
 import torch
 
-from ..attention.quality import sampled_stats
+from ..attention.quality import sampled_indices
 from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
+from ..attention.samples import sample_call
 from ..attention.settings import VariantSettings
 from ..attention.token_layout import TokenLayout
 from ..attention.variant import Call, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
-from .identity import find_place, model_info, sampler_function, sampling_info
+from .identity import find_place, model_info, sampler_function, sampling_info, with_recipe
 from .images import Previews
 from .layouts import AttentionCall, Unreadable, read_call
 from .memory import reserve_for
 from .plugin import get_plugin
+from .pre_rope import OPTION as PRE_ROPE
+from .pre_rope import PreRope, register
+from .quality_log import QualityLog
 from .recorder import UNKNOWN_LAYER, CallRecord
-from .report import RunReport
+from .report import Report, Reports, RunReport
 from .run import Run
 from .steps import StepTracker
 from .token_layout import LayoutReader
@@ -91,6 +95,7 @@ def attach(model: Any, plan: Plan) -> Any:
             "AttnScope: '%s' takes the place of '%s', which an earlier node set on this model",
             plan.variant, earlier[-1],
         )  # fmt: skip
+    register(clone, KEY, VARIANTS[plan.variant].wants_pre_rope)
     if plan.variant != "exact" or not plan.config.disabled:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, SamplerHook(plan))
     return clone
@@ -142,6 +147,7 @@ class _Sampling:
         remembered = self._channel.shelf.get(plan.variant) if self._channel else None
         if remembered is not None:
             settings, instance_revision = remembered.settings, remembered.id
+        reports = _reports(plan, len(sigmas) - 1)
         self.run = Run(
             variant=VARIANTS[plan.variant](),
             settings=settings,
@@ -150,7 +156,7 @@ class _Sampling:
             info=RunInfo(sigmas=sigmas, layers=layers, reserve=reserve_for(guider.model_patcher)),
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
-            report=_report(plan, len(sigmas) - 1),
+            report=Reports(reports),
             layouts=LayoutReader(_patch_size(guider.model_patcher)),
         )
         with _guarded("capture"):
@@ -170,8 +176,14 @@ class _Sampling:
             noise=noise,
             place=place,
         )
+        if getattr(settings, "log_quality_stats", False):
+            run = self.run
+            reports.append(QualityLog(run.run_id, lambda: run.settings, info, model))
         self._begin = lambda: self.run.start(
-            sampling=info, model=model, label=plan.label, instance_revision=instance_revision
+            sampling=lambda: with_recipe(info, place),
+            model=model,
+            label=plan.label,
+            instance_revision=instance_revision,
         )
         self._set_argument("callback", _Callback(self.run, self._argument("callback")))
 
@@ -213,7 +225,11 @@ class _Sampling:
                 self._previews.start()
         earlier = self._options.get(OVERRIDE)
         undo.callback(_put_back, self._options, OVERRIDE, earlier)
-        self._options[OVERRIDE] = AttentionHook(run, earlier)
+        pre_rope = PreRope() if run.variant.wants_pre_rope else None
+        self._options[OVERRIDE] = AttentionHook(run, earlier, pre_rope)
+        if pre_rope is not None:
+            undo.callback(_put_back, self._options, PRE_ROPE, self._options.get(PRE_ROPE))
+            self._options[PRE_ROPE] = pre_rope
         for options, kind, wrapper in (
             (self._guider_options, WrappersMP.PREDICT_NOISE, _Evaluation(run)),
             (self._options, WrappersMP.APPLY_MODEL, _ModelCall(run)),
@@ -250,11 +266,11 @@ def _patch_size(model_patcher: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def _report(plan: Plan, steps: int) -> RunReport | None:
+def _reports(plan: Plan, steps: int) -> list[Report]:
     if not plan.config.log_steps:
-        return None
+        return []
     name = plan.label or plan.variant
-    return RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))
+    return [RunReport(max(0, steps), lambda line: log.info("AttnScope %s: %s", name, line))]
 
 
 def _put_back(options: dict[str, Any], key: str, value: Any) -> None:
@@ -352,13 +368,21 @@ class _Attempt:
 class AttentionHook:
     """ComfyUI's ``optimized_attention_override`` for the length of a run."""
 
-    def __init__(self, run: Run, earlier: Callable[..., Any] | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        earlier: Callable[..., Any] | None,
+        pre_rope: PreRope | None = None,
+    ) -> None:
         """
         Args:
             run: that the calls belong to.
             earlier: another node's override, which then is the exact path.
+            pre_rope: remembers query and key before rotary embedding; None where the run's
+                variant doesn't want them.
         """
         self._run = run
+        self._pre_rope = pre_rope
         self._earlier = earlier
         self._complaints: set[str] = set()
 
@@ -403,7 +427,10 @@ class AttentionHook:
         try:
             attempt.call = call = read_call(args, kwargs)
             options = kwargs.get("transformer_options")
-            attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
+            if run.variant.attends or run.capture is not None:
+                attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
+            if not run.variant.attends:
+                return attempt
             about = Call(
                 settings=run.settings,
                 layer=_layer(options),
@@ -411,8 +438,9 @@ class AttentionHook:
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
-                wants_log_mass=run.measures,
+                log_mass_rows=_sampled_rows(run, call.query),
                 layout=attempt.layout,
+                pre_rope=None if self._pre_rope is None else self._pre_rope.of(call),
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:
@@ -427,7 +455,7 @@ class AttentionHook:
                 attempt.out = result.out
         except Unreadable as unreadable:
             # A variant that leaves attention alone has nothing to fall back from.
-            if run.variant.name != "exact":
+            if run.variant.attends:
                 attempt.fall_back(unreadable.reason, unreadable.detail)
         except _OUT_OF_MEMORY as error:
             attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
@@ -465,8 +493,9 @@ class AttentionHook:
         run.record(record)
         if call is not None and run.measures:
             settings, result = run.settings, attempt.result
-            record.stats.update(
-                sampled_stats(
+            run.measure(
+                record,
+                sample_call(
                     call.query,
                     call.key,
                     call.value,
@@ -477,7 +506,7 @@ class AttentionHook:
                     settings.quality_seed,  # type: ignore[attr-defined]
                     effective=result.effective if result else None,
                     log_mass=result.log_mass if result else None,
-                )
+                ),
             )
 
     def _complain(self, what: str) -> None:
@@ -492,7 +521,8 @@ _LAYERS: dict[tuple[str, int], LayerId] = {}
 
 def _layer(options: Any) -> LayerId | None:
     """The block that calls, as Flux-family models tell it."""
-    if not isinstance(options, Mapping):
+    # The exact type first: a look-up of the abstract one costs more than all the rest.
+    if type(options) is not dict and not isinstance(options, Mapping):
         return None
     kind, index = options.get("block_type"), options.get("block_index")
     if not isinstance(kind, str) or not isinstance(index, int):
@@ -501,6 +531,16 @@ def _layer(options: Any) -> LayerId | None:
     if known is None:
         known = _LAYERS[kind, index] = LayerId(kind, index)
     return known
+
+
+def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
+    """The queries that the call will be measured on; None where it won't be."""
+    if not run.variant.tells_log_mass or not run.measures:
+        return None
+    settings: Any = run.settings
+    return sampled_indices(
+        query.shape[2], settings.quality_samples, settings.quality_seed, query.device
+    )
 
 
 def _tokens(args: tuple[Any, ...], index: int) -> int:

@@ -22,6 +22,7 @@ import torch
 from ..attention.variant import LayerId
 from ..version import __version__
 from ..wire import InstanceInfo, ModelInfo, SamplingInfo
+from .recipe import gives_list, recipe
 
 log = logging.getLogger("attnscope")
 
@@ -229,3 +230,12 @@ def sampling_info(
         node_id=place.node_id,
         list_index=place.list_index,
     )
+
+
+def with_recipe(info: SamplingInfo, place: Place) -> SamplingInfo:
+    """The same with the hash of what the sampler's inputs come from, where it can be told."""
+
+    def read() -> str | None:
+        return recipe(place.graph or {}, place.node_id, place.list_index, gives_list)
+
+    return info.model_copy(update={"recipe": _try(read, None)})

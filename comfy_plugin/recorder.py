@@ -19,6 +19,7 @@ import torch
 from ..attention.metrics import BY_NAME, Fold
 from ..wire import LayerColumns, ReasonCount, StepClosed
 from .clocks import Clock
+from .pool import SamplePool
 
 log = logging.getLogger("attnscope")
 
@@ -64,6 +65,7 @@ class StepLog:
     revision: int
     start: Any
     calls: list[CallRecord] = field(default_factory=list)
+    samples: SamplePool = field(default_factory=SamplePool)
     model_calls: int = 0
 
 
@@ -135,6 +137,7 @@ class ClosedStep:
         self._clock = clock
         self._order = order
         self._end = clock.mark()
+        log.samples.settle()
         self._slots: list[tuple[int, str]] = []
         tensors: list[torch.Tensor] = []
         for index, call in enumerate(log.calls):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from ..attention.metrics import BY_NAME, worst
 from ..wire import ReasonCount, RunEnded, StepClosed
+
+log = logging.getLogger("attnscope")
 
 Column = Sequence[float | None]
 
@@ -46,9 +50,9 @@ def step_line(step: StepClosed, steps_total: int) -> str:
     """A step in one line.
 
     Worst NMSE, raw and after shaping, with their layers; least denominator and most bad ones, of
-    the probe too; range of sampled q·k; norms; largest head dimension and R; how many layers took
-    which path; calls that were gated and that fell back, by reason. What wasn't measured is left
-    out.
+    the probe too; range of sampled q·k; norms; largest head dimension and R; what computed the
+    sums of how many layers, and how many took which path; calls that were gated and that fell
+    back, by reason. What wasn't measured is left out.
     """
     metrics = step.layers.metrics
     parts = []
@@ -71,6 +75,11 @@ def step_line(step: StepClosed, steps_total: int) -> str:
         dims = f"head_dim {max(_known(metrics['head_dim'])):.0f}"
         features = _known(metrics.get("feature_dim", ()))
         parts.append(dims + (f", R {max(features):.0f}" if features else ""))
+    sums = Counter(
+        BY_NAME["sums_path"].text(code) for code in _known(metrics.get("sums_path", ()))
+    )
+    if sums:
+        parts.append(f"sums by {_counted(sums.most_common())}")
     parts.append(f"path {_counted(Counter(step.layers.path).most_common())}")
     for kind, title in (("gate", "gated"), ("fallback", "fell back")):
         totals = reasons(step.reasons, kind)
@@ -78,6 +87,38 @@ def step_line(step: StepClosed, steps_total: int) -> str:
             parts.append(f"{title} {_counted(totals.most_common())}")
     total = f"/{steps_total}" if steps_total else ""
     return f"step {step.step + 1}{total} sigma {step.sigma:.4g}: {'; '.join(parts)}"
+
+
+class Report(Protocol):
+    """Is told of a run's steps and of its end, where events are built."""
+
+    def step(self, step: StepClosed) -> None:
+        """A step is closed."""
+
+    def end(self, ended: RunEnded) -> None:
+        """The run is over."""
+
+
+class Reports:
+    """Several reports as one. None of them can cost another one, or the event, anything."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        self._reports = reports
+
+    def step(self, step: StepClosed) -> None:
+        """A step is closed."""
+        self._tell(lambda report: report.step(step))
+
+    def end(self, ended: RunEnded) -> None:
+        """The run is over."""
+        self._tell(lambda report: report.end(ended))
+
+    def _tell(self, tell: Callable[[Report], None]) -> None:
+        for report in self._reports:
+            try:
+                tell(report)
+            except Exception:
+                log.exception("AttnScope: a report failed")
 
 
 class RunReport:

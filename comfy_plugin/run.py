@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..attention.samples import CallSample
 from ..attention.settings import VariantSettings
 from ..attention.variant import RunInfo, Variant
 from ..wire import (
@@ -27,7 +28,7 @@ from .clocks import Clock
 from .mailbox import refusal
 from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
-from .report import RunReport
+from .report import Report
 from .steps import StepTracker
 from .token_layout import LayoutReader
 
@@ -73,7 +74,7 @@ class Run:
         info: RunInfo,
         put: Callable[[Draft], None] | None,
         interrupt: Callable[[Run], None],
-        report: RunReport | None = None,
+        report: Report | None = None,
         layouts: LayoutReader | None = None,
     ) -> None:
         """
@@ -145,12 +146,12 @@ class Run:
     def start(
         self,
         *,
-        sampling: SamplingInfo,
+        sampling: Callable[[], SamplingInfo],
         model: Callable[[], ModelInfo],
         label: str,
         instance_revision: int | None,
     ) -> None:
-        """Tell that the run begins."""
+        """Tell that the run begins; what is to be called is called on the link's thread."""
         run_id, at, variant = self.run_id, time.time(), self.variant.name
         settings = self.settings
 
@@ -163,7 +164,7 @@ class Run:
                 settings=settings.model_dump(mode="json"),
                 instance_revision=instance_revision,
                 label=label[:200],
-                sampling=sampling,
+                sampling=sampling(),
                 model=model(),
             )
 
@@ -193,6 +194,11 @@ class Run:
             self.begin_evaluation(None)
         if self._step is not None:
             self._step.calls.append(call)
+
+    def measure(self, call: CallRecord, sample: CallSample) -> None:
+        """Keep a recorded call's sample until the step closes, when its statistics are made."""
+        if self._step is not None:
+            self._step.samples.add(sample, call.stats)
 
     def end(self, status: str, error: str = "") -> None:
         """Tell that the sampler has returned or raised."""

@@ -16,6 +16,19 @@ def of_run(session: Session, run: int) -> Sequence[models.Image]:
     return session.scalars(query).all()
 
 
+def finals_of(session: Session, runs: Collection[int]) -> dict[int, list[models.Image]]:
+    """Finished images of several runs, each run's in the order in which they were taken."""
+    finals: dict[int, list[models.Image]] = {run: [] for run in runs}
+    query = (
+        select(models.Image)
+        .where(models.Image.run.in_(runs), models.Image.kind == "final")
+        .order_by(models.Image.run, models.Image.seq)
+    )
+    for image in session.scalars(query):
+        finals[image.run].append(image)
+    return finals
+
+
 def find(session: Session, image: int) -> models.Image | None:
     """An image by its row's id."""
     return session.get(models.Image, image)

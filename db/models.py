@@ -80,6 +80,7 @@ class Run(Base):
         Index("ix_runs_started_at", "started_at"),
         Index("ix_runs_status", "status"),
         Index("ix_runs_instance_id", "instance_id"),
+        Index("ix_runs_conditions", "conditions", "variant"),
         # ids are never given twice: a deleted run's rows can't fall to a new one
         {"sqlite_autoincrement": True},
     )
@@ -97,6 +98,7 @@ class Run(Base):
     instance_revision: Mapped[int | None]
     sampling: Mapped[dict[str, Any]]
     model: Mapped[dict[str, Any]]
+    conditions: Mapped[str | None] = mapped_column(String(64))
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
     ended_seq: Mapped[int | None] = mapped_column(BigInteger)

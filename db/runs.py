@@ -79,6 +79,24 @@ def _order(sort: str | None) -> list[ColumnElement[Any]]:
     return [rank.asc(), column.asc()]
 
 
+def completed(
+    session: Session, variant: str, conditions: str | None = None, limit: int = 100
+) -> Sequence[models.Run]:
+    """Completed runs of a variant, newest first.
+
+    Args:
+        conditions: digest that they must have; any where left out.
+        limit: most runs to answer.
+    """
+    query = select(models.Run).where(
+        models.Run.variant == variant, models.Run.status == "completed"
+    )
+    if conditions is not None:
+        query = query.where(models.Run.conditions == conditions)
+    newest = query.order_by(models.Run.started_at.desc(), models.Run.id.desc())
+    return session.scalars(newest.limit(limit)).all()
+
+
 def layer_names(session: Session, run: int) -> list[str]:
     """Names of a run's layers; the place in the list is the layer's number."""
     query = (

@@ -105,6 +105,14 @@ def reason_sums(session: Session, run: int) -> Sequence[tuple[int, str, str, int
     return [(row[0], row[1], row[2], int(row[3])) for row in session.execute(query.group_by(*key))]
 
 
+def longest_key(session: Session, run: int) -> int | None:
+    """Most key tokens of any attention call; None where no step has closed."""
+    table = models.layer_steps
+    query = select(func.max(table.c.tokens_k)).where(table.c.run == run)
+    longest: int | None = session.scalar(query)
+    return longest
+
+
 def find(session: Session, run: int, step: int) -> models.Step | None:
     """One step of a run."""
     return session.get(models.Step, (run, step))

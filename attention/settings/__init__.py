@@ -7,6 +7,7 @@ all generated from these models. The module imports neither torch nor ComfyUI.
 from __future__ import annotations
 
 from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
+from .hybrid import HybridSettings
 from .monitor import MonitorSettings
 from .taylor import TaylorSettings
 from .tiled import TiledSettings
@@ -14,6 +15,7 @@ from .tiled import TiledSettings
 SETTINGS: dict[str, type[VariantSettings]] = {
     "exact": MonitorSettings,
     "taylor": TaylorSettings,
+    "hybrid": HybridSettings,
     "tiled": TiledSettings,
 }
 """Settings model of each variant, by the variant's name."""
@@ -37,6 +39,7 @@ __all__ = [
     "GROUP_TITLES",
     "SETTINGS",
     "Group",
+    "HybridSettings",
     "Measured",
     "MonitorSettings",
     "TaylorSettings",

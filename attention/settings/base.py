@@ -14,6 +14,8 @@ class Group(str, Enum):
     GATE = "gate"
     SCALE = "scale"
     APPROXIMATION = "approximation"
+    LOCAL = "local"
+    GLOBAL = "global"
     STABILITY = "stability"
     MEMORY = "memory"
     QUALITY = "quality"
@@ -26,6 +28,8 @@ GROUP_TITLES: dict[Group, str] = {
     Group.GATE: "Gates: where the variant runs",
     Group.SCALE: "Scale: shaping of query and key",
     Group.APPROXIMATION: "Approximation",
+    Group.LOCAL: "Local: what is exact",
+    Group.GLOBAL: "Global: what is approximated",
     Group.STABILITY: "Stability and fallback",
     Group.MEMORY: "Memory",
     Group.QUALITY: "Quality measurement",
@@ -104,7 +108,8 @@ class Measured(VariantSettings):
     quality_samples: int = setting(
         16,
         Group.QUALITY,
-        "Queries sampled per call for quality and q·k statistics. More cost more time and give "
+        "Queries sampled per call for quality and q·k statistics; the latter look at 64 of the "
+        "keys, so they are estimates, percentiles above all. More cost more time and give "
         "steadier figures; 0 measures nothing.",
         unit="queries",
         ge=0,
@@ -113,7 +118,7 @@ class Measured(VariantSettings):
     quality_every: int = setting(
         1,
         Group.QUALITY,
-        "Measure at every n-th step only.",
+        "Measure at every n-th step only. Steps between show no quality and no q·k statistics.",
         unit="steps",
         ge=1,
         le=1000,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from . import blocks, kernel
 from .centring import Centred, centre
+from .mass import log_mass
 from .projection import factors
 
 
@@ -55,10 +57,36 @@ class Attended:
         out: ``[B, H, Nq, Dv]`` in the query's dtype.
         denominator: ``[B, H · heads_per_head, Nq, 1]`` float32 (float64 for float64 input), over
             the sum of the key weights: what exp averages to, 1 where all logits are 0.
+        log_mass: ``[B, H, S]`` float32, see `log_mass`; None where it wasn't asked for.
     """
 
     out: torch.Tensor
     denominator: torch.Tensor
+    log_mass: torch.Tensor | None = None
+
+
+@runtime_checkable
+class WholeHeads(Protocol):
+    """Sums that can also do a whole call: preparation, sums and division in fewer passes."""
+
+    def takes_whole(self, terms: int, options: Options) -> bool:
+        """Whether `whole` can take calls without weights that have these options."""
+
+    def whole(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        terms: int,
+        options: Options,
+        eps: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """`taylor_attention` into ``out``; returns its denominators, in float32."""
+
+    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
+        """Bytes of the copies of one head that `whole` holds, value as wide as key."""
 
 
 def rounded(denominator: torch.Tensor, dtype: torch.dtype, options: Options) -> torch.Tensor:
@@ -141,6 +169,8 @@ def prepare(
         centred.value,
         centred.weights,
         centred.value_mean,
+        centred.key_mean,
+        centred.log_factor,
     )
 
 
@@ -154,8 +184,9 @@ def _attend_some(
     options: Options,
     eps: float,
     sums: blocks.Sums,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`taylor_attention` of a few heads: output and relative denominators, not yet merged."""
+    log_mass_rows: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`taylor_attention` of a few heads, not yet merged: output, denominators, log mass."""
     ready = prepare(query, key, value, scale, weights, options)
     numerator, denominator = blocks.shared_sums(
         sums,
@@ -176,7 +207,11 @@ def _attend_some(
     numerator = numerator.div_(denominator.clamp_min(eps) * mass)
     if ready.value_mean is not None:
         numerator = numerator.add_(ready.value_mean)
-    return numerator, denominator
+    if log_mass_rows is None:
+        return numerator, denominator, None
+    rows = query.index_select(2, log_mass_rows)
+    series = denominator.index_select(2, log_mass_rows)
+    return numerator, denominator, log_mass(series, mass, rows, scale, ready, eps)
 
 
 @torch.no_grad()
@@ -191,6 +226,7 @@ def taylor_attention(
     options: Options | None = None,
     eps: float = 1e-6,
     sums: blocks.Sums = kernel.sums,
+    log_mass_rows: torch.Tensor | None = None,
 ) -> Attended:
     """Attention with exp replaced by its first ``terms`` terms, a few heads at a time.
 
@@ -205,6 +241,9 @@ def taylor_attention(
         options: centring, projection, blocks; their defaults where left out.
         eps: least denominator by which is divided, relative to the sum of the key weights.
         sums: what computes the sums.
+        log_mass_rows: ``[S]`` int64, queries whose log mass is wanted; None for none. Independent
+            blocks have a denominator each, and none that stands for the whole head: they give no
+            log mass.
 
     Raises:
         ValueError: ``terms`` or the sub-head blocks don't fit.
@@ -216,14 +255,37 @@ def taylor_attention(
     dtype, parts = kernel.accumulation_dtype(query.dtype), options.heads_per_head
     out = query.new_empty(batch, heads, queries, value_dim)
     denominators = query.new_empty(batch, heads * parts, queries, 1, dtype=dtype)
-    per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
+    whole = None
+    if weights is None and isinstance(sums, WholeHeads) and sums.takes_whole(terms, options):
+        whole = sums
+        per_head = whole.whole_bytes(queries, keys, max(head_dim, value_dim), options)
+    else:
+        per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
     limit = kernel.budget(query.device).heads
+    masses = None
+    if parts > 1:
+        log_mass_rows = None
+    elif log_mass_rows is not None:
+        masses = query.new_empty(batch, heads, log_mass_rows.shape[0], dtype=torch.float32)
     for rows, some in kernel.head_groups(batch, heads, per_head, limit):
+        split_heads = slice(some.start * parts, some.stop * parts)
+        if whole is not None:
+            denominators[rows, split_heads] = whole.whole(
+                query[rows, some],
+                key[rows, some],
+                value[rows, some],
+                scale,
+                terms,
+                options,
+                eps,
+                out[rows, some],
+            )
+            continue
         chosen = weights
         if weights is not None:
             chosen = weights[rows if weights.shape[0] > 1 else slice(None)]
             chosen = chosen[:, some if weights.shape[1] > 1 else slice(None)]
-        numerator, denominator = _attend_some(
+        numerator, denominator, mass = _attend_some(
             query[rows, some],
             key[rows, some],
             value[rows, some],
@@ -233,10 +295,12 @@ def taylor_attention(
             options,
             eps,
             sums,
+            log_mass_rows,
         )
         out[rows, some] = blocks.merge(numerator, parts)
-        split_heads = slice(some.start * parts, some.stop * parts)
         denominators[rows, split_heads] = denominator
+        if masses is not None and mass is not None:
+            masses[rows, some] = mass
         # The next heads' copies come before these names are taken again.
         del numerator, denominator
-    return Attended(out, denominators)
+    return Attended(out, denominators, masses)

@@ -19,7 +19,7 @@ from .. import gates, masks
 from ..quality import exact_rows, nmse, sampled_indices
 from ..settings import TaylorSettings
 from ..variant import Call, LayerId, Tuning
-from . import blocks, kernel
+from . import blocks, direct, kernel
 from .attend import Options, taylor_attention
 from .shaping import shape
 
@@ -143,7 +143,8 @@ class Tuner:
             call: that is made, with `TaylorSettings`.
             options: of the expansion.
             weights: of the keys, ``[B or 1, H or 1, Nk]``; None for 1.
-            sums: what computes the sums.
+            sums: what computes the call's sums, and those of the candidates where the few tokens
+                that are looked at are not better served by their logits.
         """
         settings = cast(TaylorSettings, call.settings)
         if not settings.auto_tune or self._done:
@@ -164,6 +165,9 @@ class Tuner:
             mask = mask.index_select(3, columns)
         if weights is not None and weights.shape[2] != 1:
             weights = weights.index_select(2, columns)
+        sizes = query.shape[2], key.shape[2], options.feature_width(query.shape[3])
+        if direct.is_cheaper(*sizes, value.shape[3] // options.heads_per_head, settings.P):
+            sums = direct.sums
         exact, _ = exact_rows(query, key, value, call.scale, mask)
         scores = []
         for tried in search.tried:

@@ -92,5 +92,7 @@ def shared_sums(
         )
         numerator = num if numerator is None else numerator.add_(num)
         denominator = den if denominator is None else denominator.add_(den)
+        # The next block's sums come before these names are taken again.
+        del num, den
     assert numerator is not None and denominator is not None
     return numerator, denominator

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
+from ..sums_paths import Path, SumsPath
 from . import triton_plan, triton_stream
 
-Path = Literal["torch", "streaming", "full"]
 PathSetting = Literal["auto", "torch", "streaming", "full"]
 
 MIN_TOKENS = 256
@@ -21,19 +21,39 @@ class Choice:
     """The path to take.
 
     Attributes:
-        path: what runs.
+        code: the path, and what kind of reason kept the call from a better one.
         reason: why not what was asked for, or why ``auto`` took a lesser path; empty where it
             is what was asked for, or the best there is.
     """
 
-    path: Path
+    code: SumsPath
     reason: str = ""
+
+    @property
+    def path(self) -> Path:
+        """What runs."""
+        return self.code.path
+
+
+def _refused_by_full(head_dim: int, value_dim: int, terms: int) -> tuple[str, SumsPath]:
+    """Why the fully fused path can't take these shapes, with its code; empty where it can."""
+    reason = triton_plan.refusal(head_dim, value_dim, terms)
+    if not reason:
+        return "", SumsPath.FULL
+    if terms > triton_plan.MAX_TERMS:
+        return reason, SumsPath.STREAMING_TERMS
+    too_wide = value_dim > triton_plan.MAX_VALUE_DIM
+    fits = head_dim <= triton_plan.MAX_HEAD_DIM[terms]
+    return reason, (
+        SumsPath.STREAMING_VALUE_DIM if too_wide and fits else SumsPath.STREAMING_HEAD_DIM
+    )
 
 
 def choose(
     setting: PathSetting,
     *,
     triton_reason: str,
+    triton_installed: bool = True,
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
@@ -46,6 +66,7 @@ def choose(
         setting: what is asked for.
         triton_reason: why Triton can't run on the call's device, from
             `triton_support.unavailable`; empty where it can.
+        triton_installed: whether that is for want of a device only.
         dtype: dtype of query, key and value.
         head_dim: d of one (sub-)head.
         value_dim: Dv of one (sub-)head.
@@ -63,25 +84,22 @@ def choose(
             f"taylor_path: unknown value {setting!r}; allowed: auto, torch, streaming, full"
         )
     if setting == "torch":
-        return Choice("torch")
+        return Choice(SumsPath.TORCH)
+    missing = SumsPath.TORCH_NO_CUDA if triton_installed else SumsPath.TORCH_NO_TRITON
     if not triton_reason and dtype not in (torch.float32, torch.float16, torch.bfloat16):
         triton_reason = f"Triton kernels take float32, float16 and bfloat16, not {dtype}"
+        missing = SumsPath.TORCH_DTYPE
     if triton_reason:
-        return Choice("torch", triton_reason)
-    full = triton_plan.refusal(head_dim, value_dim, terms)
-    if not full and terms == 4 and dtype != torch.float32:
-        # Compiled for an H200 its 16-bit products at P = 4 miss the reference; float32 ones don't.
-        full = "the fully fused path at P 4 takes float32 only"
+        return Choice(missing, triton_reason)
+    full, why = _refused_by_full(head_dim, value_dim, terms)
     streaming = triton_stream.refusal(terms)
     if setting == "auto" and keys < MIN_TOKENS:
-        return Choice("torch", f"{keys} keys are fewer than {MIN_TOKENS}")
-    if setting == "full" or (setting == "auto" and not full):
-        # A forced path that can't run gives way to the next best, not to the slowest.
-        if not full:
-            return Choice("full")
-        return Choice("torch", streaming) if streaming else Choice("streaming", full)
-    if streaming:
-        return Choice("torch", streaming)
+        return Choice(SumsPath.TORCH_FEW_KEYS, f"{keys} keys are fewer than {MIN_TOKENS}")
+    if streaming and (setting == "streaming" or full):
+        return Choice(SumsPath.TORCH_TERMS, streaming)
     if setting == "streaming":
-        return Choice("streaming")
-    return Choice("streaming", full)
+        return Choice(SumsPath.STREAMING)
+    if full:
+        # A forced path that can't run gives way to the next best, not to the slowest.
+        return Choice(why, full)
+    return Choice(SumsPath.FULL)

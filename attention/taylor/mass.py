@@ -2,61 +2,68 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from . import centring
+from .centring import Centred
 
 
 def log_mass(
     denominator: torch.Tensor,
+    weight_sum: torch.Tensor | float,
     query: torch.Tensor,
-    key: torch.Tensor,
     scale: float,
-    mask: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    *,
-    centre_queries: bool,
-    centre_keys: bool,
+    ready: Centred,
     eps: float,
 ) -> torch.Tensor:
-    """Log of the approximated Σⱼ exp(scale·q·kⱼ + maskⱼ), comparable to a logsumexp of logits.
+    """Log of the approximated Σⱼ wⱼ exp(scale·q·kⱼ), comparable to a logsumexp of logits.
 
     With q̄ and k̄ the means that were taken out (0 where none was),
 
     ``q·k = (q - q̄)·(k - k̄) + q̄·(k - k̄) + q·k̄``.
 
     The series stands for the first part, the key weights for the second, and the third is common
-    to all keys of a query. The denominator is relative to the sum of the weights, so
-    ``log(denominator) + logsumexpⱼ(q̄·(kⱼ - k̄) + maskⱼ) + q·k̄`` is the log mass.
+    to all keys of a query. The denominator is relative to the sum of the weights, which were
+    divided by a common factor, so the log mass is
+    ``log(denominator) + log(weight_sum) + log_factor + q·k̄``.
 
     Args:
-        denominator: ``[B, H, Nq, 1]``, see `attend.Attended`; divided by no less than ``eps``.
-        query: ``[B, H, Nq, D]``, any floating dtype.
-        key: ``[B, H, Nk, D]``. What is masked may hold NaN.
-        scale: factor on q·k, ``scale_mul`` included.
-        mask: four-dimensional, the same for every query, see ``masks``; None for none.
-        weights: what ``masks.key_weights`` makes of the mask; None for none.
-        centre_queries: whether q̄ was taken out.
-        centre_keys: whether k̄ was taken out.
+        denominator: ``[B, H, S, 1]``, see `attend.Attended`; divided by no less than ``eps``.
+        weight_sum: of the weights that the expansion had, ``[B, H, 1, 1]``; their number where it
+            had none.
+        query: ``[B, H, S, D]``, any floating dtype, the queries of the denominators.
+        scale: factor on q·k of a whole head, half of which is folded into ``ready``.
+        ready: what was expanded, of whole heads.
         eps: least denominator.
 
     Returns:
-        ``[B, H, Nq]`` float32.
+        ``[B, H, S]`` float32.
     """
-    query, key = query.float(), key.float()
-    # A mask may have one row for all heads, whose keys it adds to alike.
-    bias = key.new_zeros(1, 1, key.shape[2])
-    if mask is not None and weights is not None:
-        row = mask[:, :, 0, :]
-        bias = weights.float().log() if row.dtype == torch.bool else row.float()
-        key = key.masked_fill((weights == 0)[..., None], 0.0)
-    common = query.new_zeros(1, 1, 1)
-    if centre_keys:
-        mean = centring.mean(key, None if weights is None else weights.float())
-        key = key - mean
-        common = scale * torch.matmul(query, mean.transpose(-2, -1)).squeeze(-1)
-    if centre_queries:
-        query_mean = query.mean(dim=2, keepdim=True)
-        bias = bias + scale * torch.matmul(key, query_mean.transpose(-2, -1)).squeeze(-1)
-    series = denominator.float().clamp_min(eps).log().squeeze(-1)
-    return series + torch.logsumexp(bias, dim=-1, keepdim=True) + common
+    series = denominator.float().clamp_min(eps).log()
+    if isinstance(weight_sum, torch.Tensor):
+        series = series + weight_sum.float().log()
+    else:
+        series = series + math.log(weight_sum)
+    if ready.log_factor is not None:
+        series = series + ready.log_factor[..., None].float()
+    if ready.key_mean is not None:
+        # The mean holds its own half of the scale.
+        root = math.copysign(abs(scale) ** 0.5, scale)
+        row = ready.key_mean.float().transpose(-2, -1)
+        series = series + torch.matmul(query.float(), row).mul_(root)
+    return series.squeeze(-1)
+
+
+def mask_offset(mask: torch.Tensor) -> torch.Tensor | float:
+    """What `masks.key_weights` leaves out of a mask, as a summand of the log mass.
+
+    Args:
+        mask: four-dimensional, the same for every query.
+
+    Returns:
+        ``[B or 1, H or 1, 1]`` float32, an additive mask's largest entry; 0 for a boolean mask.
+    """
+    if mask.dtype == torch.bool:
+        return 0.0
+    return mask[:, :, 0, :].float().amax(dim=-1, keepdim=True)

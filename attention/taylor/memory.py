@@ -6,15 +6,18 @@ the output, which is held as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
+from ..sums_paths import Path
 from . import kernel
 from .attend import Options, head_bytes
 from .plan import make_plan, stages
 from .projection import SAMPLES
+from .triton_memory import full_memory_bytes, streaming_memory_bytes
+from .triton_stream import StreamConfig
+from .triton_support import multiprocessors, operand_dtype
 
 
 class Shape(NamedTuple):
@@ -28,17 +31,33 @@ class Shape(NamedTuple):
     value_dim: int
 
 
-def _torch_bytes(
-    shape: Shape, dtype: torch.dtype, terms: int, options: Options, device: torch.device
+def _heads_at_a_time(
+    shape: Shape, dtype: torch.dtype, options: Options, device: torch.device
 ) -> int:
-    """The plain torch path: `attend.taylor_attention` with `kernel.sums`."""
-    batch, heads, queries, keys, head_dim, value_dim = shape
+    """How many heads `attend.taylor_attention` holds copies of, whatever computes the sums."""
+    size = kernel.accumulation_dtype(dtype).itemsize
+    per_head = head_bytes(
+        shape.queries, shape.keys, shape.head_dim, shape.value_dim, options, size
+    )
+    limit = kernel.budget(device).heads
+    rows, some = next(kernel.head_groups(shape.batch, shape.heads, per_head, limit))
+    count: int = (rows.stop - rows.start) * (some.stop - some.start)
+    return count
+
+
+def _torch_sums_bytes(
+    shape: Shape,
+    dtype: torch.dtype,
+    terms: int,
+    options: Options,
+    device: torch.device,
+    at_a_time: int,
+) -> int:
+    """Prepared copies and `kernel.sums` of the heads that are computed at a time."""
+    queries, keys, head_dim, value_dim = shape[2:]
     size: int = kernel.accumulation_dtype(dtype).itemsize
     bounds, parts = kernel.budget(device), options.heads_per_head
     per_head = head_bytes(queries, keys, head_dim, value_dim, options, size)
-    groups = kernel.head_groups(batch, heads, per_head, bounds.heads)
-    rows, some = next(groups)
-    at_a_time = (rows.stop - rows.start) * (some.stop - some.start)
     group = at_a_time * parts
 
     plan = make_plan(options.feature_width(head_dim), value_dim // parts, terms)
@@ -51,48 +70,98 @@ def _torch_bytes(
         sum(chunk.held for chunk in stage)
         for stage in stages(plan, kernel.stage_features(plan, group, size, bounds))
     )
-    summing = at_a_time * per_head + row_bytes * block + group * plan.columns * most * size
-
-    projecting = 0
-    width = head_dim // parts
-    if 0 < options.feature_projection < width:
-        copies = (queries + keys) * (head_dim + options.feature_projection * parts)
-        sampled = 3 * min(max(queries, keys), SAMPLES) * head_dim
-        held = (queries + keys) * head_dim + sampled
-        projecting = at_a_time * size * (max(copies, held) + keys * value_dim)
-
-    kept = batch * heads * queries * (value_dim * dtype.itemsize + parts * size)
-    peak: int = kept + max(summing, projecting)
-    return peak
+    return at_a_time * per_head + row_bytes * block + group * plan.columns * most * size
 
 
-_PATHS: dict[str, Callable[[Shape, torch.dtype, int, Options, torch.device], int]] = {
-    "torch": _torch_bytes
-}
-"""A path that computes the sums another way adds its name and its estimate here."""
-
-
-def working_bytes(
-    path: str,
+def _triton_sums_bytes(
+    path: Path,
     shape: Shape,
     dtype: torch.dtype,
     terms: int,
     options: Options,
     device: torch.device,
+    stream: StreamConfig,
+    at_a_time: int,
+) -> int:
+    """Prepared copies, those that the kernels take, and a Triton path of the same heads."""
+    queries, keys, head_dim, value_dim = shape[2:]
+    parts, slices = options.heads_per_head, 1
+    width = options.feature_width(head_dim)
+    if options.sub_head_mode == "shared":
+        slices = options.sub_head_blocks
+    size: int = kernel.accumulation_dtype(dtype).itemsize
+    operand: int = operand_dtype(dtype).itemsize
+    # Query and key of all slices, value, and the weights that centred queries bring.
+    prepared = size * ((queries + keys) * width * slices * parts + keys * value_dim + keys * parts)
+    taken = operand * ((queries + keys) * width * parts + keys * value_dim)
+    group, columns = at_a_time * parts, value_dim // parts
+    if path == "full":
+        working = full_memory_bytes(
+            group, queries, keys, width, columns, terms, dtype,
+            processors=multiprocessors(device),
+        )  # fmt: skip
+    else:
+        working = streaming_memory_bytes(
+            group, queries, width, columns, terms, dtype, config=stream
+        )
+    earlier = 0
+    if slices > 1:
+        results = size * queries * (value_dim + 1)
+        # The sums of the slices before; then degree 0 is taken off, from the values in float32.
+        earlier = results
+        unrounded = size * keys * value_dim if operand < size else 0
+        working = max(working, at_a_time * (results + unrounded))
+    return at_a_time * (prepared + taken + earlier) + working
+
+
+def _projecting_bytes(shape: Shape, dtype: torch.dtype, options: Options, at_a_time: int) -> int:
+    """Copies while the features of the same heads are projected; 0 where they are not."""
+    queries, keys, head_dim, value_dim = shape[2:]
+    parts = options.heads_per_head
+    if not 0 < options.feature_projection < head_dim // parts:
+        return 0
+    copies = (queries + keys) * (head_dim + options.feature_projection * parts)
+    sampled = 3 * min(max(queries, keys), SAMPLES) * head_dim
+    held = (queries + keys) * head_dim + sampled
+    size: int = kernel.accumulation_dtype(dtype).itemsize
+    return at_a_time * size * (max(copies, held) + keys * value_dim)
+
+
+def working_bytes(
+    path: Path,
+    shape: Shape,
+    dtype: torch.dtype,
+    terms: int,
+    options: Options,
+    device: torch.device,
+    *,
+    stream: StreamConfig | None = None,
 ) -> int:
     """Peak of what a call allocates, in bytes, its output included and its input not.
 
     Args:
-        path: ``"torch"``.
+        path: ``"torch"``, ``"streaming"`` or ``"full"``, that computes the sums.
         shape: of the call.
         dtype: of query, key and value.
         terms: P.
         options: of the expansion.
-        device: where it runs; automatic block sizes depend on it.
+        device: where it runs; block sizes and splits over keys depend on it.
+        stream: chunks of the streaming path, which bound its memory; None for its defaults.
 
     Raises:
         ValueError: the path is unknown, or the sub-head blocks don't fit the head.
     """
-    if path not in _PATHS:
-        raise ValueError(f"path: {path!r} is not allowed; allowed: {', '.join(sorted(_PATHS))}")
-    return _PATHS[path](shape, dtype, terms, options, device)
+    if path not in get_args(Path):
+        raise ValueError(f"path: {path!r} is not allowed; allowed: {', '.join(get_args(Path))}")
+    at_a_time = _heads_at_a_time(shape, dtype, options, device)
+    if path == "torch":
+        summing = _torch_sums_bytes(shape, dtype, terms, options, device, at_a_time)
+    else:
+        summing = _triton_sums_bytes(
+            path, shape, dtype, terms, options, device, stream or StreamConfig(), at_a_time
+        )
+    size: int = kernel.accumulation_dtype(dtype).itemsize
+    columns = shape.value_dim * dtype.itemsize + options.heads_per_head * size
+    kept = shape.batch * shape.heads * shape.queries * columns
+    peak: int = kept + max(summing, _projecting_bytes(shape, dtype, options, at_a_time))
+    return peak

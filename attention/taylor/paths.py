@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import kernel, triton_full, triton_stream
+from . import kernel, triton_full, triton_stream, triton_whole
 from .attend import Options
 from .blocks import Sums
 from .dispatch import Choice, PathSetting, choose
 from .triton_stream import StreamConfig
-from .triton_support import operand_dtype, unavailable
+from .triton_support import operand_dtype, triton_installed, unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,52 @@ class TritonSums:
         numerator, denominator = sums
         if not constant:
             # Degree 0 is the sum of what is attended to, the same for every query.
-            live = value.float()
             if weights is None:
-                numerator = numerator - live.sum(dim=2, keepdim=True)
-                denominator = denominator - float(key.shape[2])
+                numerator -= value.sum(dim=2, keepdim=True, dtype=torch.float32)
+                denominator -= float(key.shape[2])
             else:
                 factor = weights.float()[..., None]
-                numerator = numerator - (live * factor).sum(dim=2, keepdim=True)
-                denominator = denominator - factor.sum(dim=2, keepdim=True)
+                numerator -= torch.matmul(factor.transpose(-2, -1), value.float())
+                denominator -= factor.sum(dim=2, keepdim=True)
         return numerator, denominator
+
+    def takes_whole(self, terms: int, options: Options) -> bool:
+        """As `attend.WholeHeads`."""
+        independent = options.sub_head_blocks == 1 or options.sub_head_mode == "independent"
+        # Degree 0 alone needs no kernel, and a projection none of the passes that are saved.
+        return self.path == "full" and terms > 1 and independent and not options.feature_projection
+
+    def whole(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        terms: int,
+        options: Options,
+        eps: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `attend.WholeHeads`."""
+        return triton_whole.attention(
+            query,
+            key,
+            value,
+            scale,
+            terms,
+            parts=options.heads_per_head,
+            centre_queries=options.centre_queries,
+            centre_keys=options.centre_keys,
+            centre_values=options.centre_values,
+            round_denominators=options.round_denominators,
+            eps=eps,
+            out=out,
+        )
+
+    def whole_bytes(self, queries: int, keys: int, head_dim: int, options: Options) -> int:
+        """As `attend.WholeHeads`."""
+        size = operand_dtype(self.dtype).itemsize
+        return triton_whole.whole_bytes(queries, keys, head_dim, options.heads_per_head, size)
 
 
 def pick(
@@ -84,6 +121,7 @@ def pick(
     choice = choose(
         setting,
         triton_reason=unavailable(query.device.type),
+        triton_installed=triton_installed(),
         dtype=query.dtype,
         head_dim=options.feature_width(query.shape[-1]),
         value_dim=value.shape[-1] // options.heads_per_head,

@@ -1,7 +1,8 @@
 """Denominators of a few queries, before the sums over the values are made.
 
-The denominator takes one sum per feature where the numerator takes one per feature and value, so
-it is known for a small part of the work.
+Few queries need no features: their logits with all keys are a small part of the work, on any
+device (`direct`). Where that is not so, the denominator still takes one sum per feature only,
+where the numerator takes one per feature and value.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ..quality import sampled_indices
-from . import blocks, kernel
+from . import blocks, direct, kernel
 from .attend import Options, head_bytes, prepare, rounded
 
 _LEAST = {1: 1.0, 3: 0.5, 5: 0.2703, 7: 0.1493}
@@ -45,7 +46,6 @@ def probe_denominators(
     weights: torch.Tensor | None = None,
     options: Options | None = None,
     seed: int = 0,
-    sums: blocks.Sums = kernel.sums,
 ) -> torch.Tensor:
     """Relative denominators of some queries, as `attend.taylor_attention` would give them.
 
@@ -58,7 +58,6 @@ def probe_denominators(
         weights: ``[B or 1, H or 1, Nk]``, a factor on each key's term; None for 1.
         options: of the expansion.
         seed: of the choice of queries.
-        sums: what computes the sums.
 
     Returns:
         ``[B, H · heads_per_head, S, 1]``, float32 (float64 for float64 input).
@@ -68,6 +67,9 @@ def probe_denominators(
     keys, dtype = key.shape[2], kernel.accumulation_dtype(query.dtype)
     rows = sampled_indices(queries, samples, seed, query.device)
     nothing = key.new_empty(batch, heads, keys, 0)
+    width = options.feature_width(head_dim)
+    few = direct.is_cheaper(rows.numel(), keys, width, 0, terms)
+    sums: blocks.Sums = direct.sums if few else kernel.sums
     per_head = head_bytes(queries, keys, head_dim, 0, options, dtype.itemsize)
     found: dict[int, list[torch.Tensor]] = {}
     for some_rows, some in kernel.head_groups(

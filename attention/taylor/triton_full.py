@@ -16,9 +16,11 @@ import torch
 from .triton_plan import (
     FullConfig,
     base_layout,
+    check_config,
     default_config,
     lift_layout,
     padded,
+    pair_coordinates,
     refusal,
     selection,
 )
@@ -49,6 +51,7 @@ class _Tables:
     pair_value_weights: torch.Tensor | None
     pair_gradient_weights: torch.Tensor | None
     selections: torch.Tensor | None
+    pairs: torch.Tensor | None
     tile_chunk: torch.Tensor | None
     tile_lift: torch.Tensor | None
     first: torch.Tensor | None
@@ -58,18 +61,24 @@ class _Tables:
 
 @lru_cache(maxsize=16)
 def _tables(
-    head_dim: int, terms: int, chunk: int, lifts: int, dtype: torch.dtype, device: torch.device
+    head_dim: int, terms: int, config: FullConfig, dtype: torch.dtype, device: torch.device
 ) -> _Tables:
+    chunk = config.chunk
     with torch.inference_mode(False):
         single = base_layout(head_dim, 1, chunk)
         pair = base_layout(head_dim, 2, chunk) if terms >= 4 else None
-        lift = lift_layout(head_dim, terms - 2, chunk, lifts) if terms >= 3 else None
+        lift = (
+            lift_layout(head_dim, terms - 2, chunk, config.build_lifts, config.lifts)
+            if terms >= 3
+            else None
+        )
         return _Tables(
             value_weights=single.value_weights.to(device),
             gradient_weights=single.gradient_weights.to(device),
             pair_value_weights=pair.value_weights.to(device) if pair else None,
             pair_gradient_weights=pair.gradient_weights.to(device) if pair else None,
             selections=selection(head_dim, chunk).to(device, dtype) if pair else None,
+            pairs=pair_coordinates(head_dim, chunk).to(device) if pair else None,
             tile_chunk=lift.tile_chunk.to(device) if lift else None,
             tile_lift=lift.tile_lift.to(device) if lift else None,
             first=lift.first.to(device) if lift else None,
@@ -112,7 +121,9 @@ class _Builder:
         weights: torch.Tensor | None,
         tables: _Tables,
         config: FullConfig,
+        finite: bool,
     ) -> None:
+        self.finite = finite
         self.key, self.tables, self.config = key, tables, config
         self.batch, self.heads, self.tokens, self.head_dim = key.shape
         self.operand = operand_dtype(key.dtype)
@@ -168,11 +179,15 @@ class _Builder:
             LIFTED=lifted,
             COLUMN_SUM=column_sum,
             WEIGHTED=w is not None,
+            FINITE=self.finite,
             OPERAND=_triton_dtype(self.operand),
             PRECISION="ieee",
             num_warps=config.build_warps,
             num_stages=config.build_stages,
         )
+        if lifted:
+            # The rows of one tile are those of the read's tiles, one after the other.
+            tiles, lifts = tiles * (lifts // config.lifts), config.lifts
         out = value.new_empty(bh, tiles, chunk, lifts * width, dtype=self.operand)
         self.module.reduce_kernel[(tiles, bh)](
             partial, factors, out, splits, DV=width, KC=chunk, L=lifts, num_warps=4
@@ -196,6 +211,7 @@ def build(
     *,
     weights: torch.Tensor | None,
     config: FullConfig,
+    finite: bool = False,
 ) -> FullStatistics:
     """Phase A: sums over keys.
 
@@ -205,12 +221,11 @@ def build(
         terms: P, 2 to 4.
         weights: ``[B, H, Nk]`` or None.
         config: tile sizes.
+        finite: that key and value hold no NaN or infinity, also where the weight is 0.
     """
     batch, heads, tokens, head_dim = key.shape
-    tables = _tables(
-        head_dim, terms, config.chunk, config.lifts, operand_dtype(key.dtype), key.device
-    )
-    builder = _Builder(key, weights, tables, config)
+    tables = _tables(head_dim, terms, config, operand_dtype(key.dtype), key.device)
+    builder = _Builder(key, weights, tables, config, finite)
     s_1, s_0 = builder.sums(value, tables.value_weights, column_sum=True)
     z_2, z_1 = builder.sums(key, tables.gradient_weights, column_sum=True)
     assert s_0 is not None and z_1 is not None
@@ -227,6 +242,26 @@ def build(
     return FullStatistics(s_0, s_1, s_2, s_top, z_0, z_1, z_2, z_3)
 
 
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Where the read leaves finished attention in place of sums.
+
+    Attributes:
+        out: ``[B, H, Nq, D]``, written in its own dtype and strides; D holds the slices of a head
+            side by side.
+        value_mean: ``[BH · parts, Dv]`` fp32, added after the division.
+        parts: slices of a head.
+        eps: least denominator by which is divided, relative to the sum of the weights.
+        round_denominators: to the dtype of ``out``, before they are tested and divided by.
+    """
+
+    out: torch.Tensor
+    value_mean: torch.Tensor
+    parts: int
+    eps: float
+    round_denominators: bool
+
+
 def read(
     query: torch.Tensor,
     statistics: FullStatistics,
@@ -234,20 +269,27 @@ def read(
     value_dim: int,
     *,
     config: FullConfig,
+    division: Division | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phase B: the sums applied to queries; arguments and results as in `sums`."""
+    """Phase B: the sums applied to queries; arguments and results as in `sums`.
+
+    With ``division``, its ``out`` and the denominators over the sum of the weights.
+    """
     batch, heads, tokens, head_dim = query.shape
     operand = operand_dtype(query.dtype)
-    tables = _tables(head_dim, terms, config.chunk, config.lifts, operand, query.device)
-    numerator = query.new_empty(batch, heads, tokens, value_dim, dtype=torch.float32)
+    tables = _tables(head_dim, terms, config, operand, query.device)
+    if division is None:
+        numerator = query.new_empty(batch, heads, tokens, value_dim, dtype=torch.float32)
+    else:
+        numerator = division.out
     denominator = query.new_empty(batch, heads, tokens, 1, dtype=torch.float32)
     unused = statistics.s_1
-    s_top, selections = statistics.s_top, tables.selections
+    s_top = statistics.s_top
     kernels("triton_full_kernels").read_kernel[
         (math.ceil(tokens / config.block_m), batch * heads)
     ](
         query,
-        selections if selections is not None else unused,
+        tables.pairs if tables.pairs is not None else unused,
         statistics.s_0,
         statistics.s_1,
         statistics.s_2 if statistics.s_2 is not None else unused,
@@ -258,6 +300,7 @@ def read(
         statistics.z_3 if statistics.z_3 is not None else unused,
         tables.first if tables.first is not None else unused,
         tables.count if tables.count is not None else unused,
+        division.value_mean if division else unused,
         numerator,
         denominator,
         heads,
@@ -265,7 +308,10 @@ def read(
         head_dim,
         value_dim,
         s_top.shape[1] if s_top is not None else 0,
+        division.parts if division else 1,
+        division.eps if division else 0.0,
         *query.stride()[:3],
+        *numerator.stride()[:3],
         D=padded(head_dim),
         DV=padded(value_dim),
         KC=config.chunk,
@@ -273,7 +319,11 @@ def read(
         BM=config.block_m,
         TERMS=terms,
         COORDINATE_CHUNKS=tables.value_weights.shape[0],
-        PAIR_CHUNKS=selections.shape[1] if selections is not None else 1,
+        PAIR_CHUNKS=tables.pair_value_weights.shape[0]
+        if tables.pair_value_weights is not None
+        else 1,
+        DIVIDE=division is not None,
+        ROUND=division is not None and division.round_denominators,
         OPERAND=_triton_dtype(operand),
         PRECISION="ieee",
         num_warps=config.read_warps,
@@ -339,6 +389,7 @@ def sums(
         return _constant(query, value, weights)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     config = config or default_config(query.shape[3], value.shape[3], terms, query.dtype)
+    check_config(config, query.shape[3], value.shape[3], terms, operand_dtype(query.dtype))
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         statistics = build(key, value, terms, weights=weights, config=config)
         return read(query, statistics, terms, value.shape[3], config=config)

@@ -53,6 +53,7 @@ def build_kernel(
     LIFTED: tl.constexpr,
     COLUMN_SUM: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    FINITE: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -65,7 +66,8 @@ def build_kernel(
     lift = 0
     if LIFTED:
         i_chunk = tl.load(tile_chunk + i_tile)
-        lift = tl.load(tile_lift + i_tile)
+        # Tiles start at multiples of L: loads by whole vectors can be pipelined.
+        lift = tl.multiple_of(tl.load(tile_lift + i_tile), L)
 
     o_d = tl.arange(0, D)
     o_v = tl.arange(0, DV)
@@ -80,7 +82,7 @@ def build_kernel(
         sel_b = tl.load(selections + CHUNKS * D * KC + o_sel)
 
     acc = tl.zeros([L * DV, KC], dtype=tl.float32)
-    column_sum = tl.zeros([L * DV], dtype=tl.float32)
+    column_sums = tl.zeros([BT, L * DV], dtype=tl.float32)
     begin = i_split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, tokens)
     for start in range(begin, end, BT):
@@ -88,8 +90,10 @@ def build_kernel(
         live = o_t < end
         if WEIGHTED:
             w = tl.load(p_weight + o_t * w_n, mask=live, other=0.0).to(tl.float32)
-            # 0 · NaN is NaN: a masked key is never read.
-            live = live & (w != 0.0)
+            if not FINITE:
+                # 0 · NaN is NaN: a masked key is never read. Loads that wait for the weight
+                # can't be pipelined, so this is left out where nothing can be NaN.
+                live = live & (w != 0.0)
         v = tl.load(
             p_value + o_t[:, None] * v_n + o_v[None, :],
             mask=live[:, None] & (o_v < value_dim)[None, :],
@@ -119,10 +123,14 @@ def build_kernel(
             base = narrow(base.to(tl.float32), OPERAND)
         if WEIGHTED:
             v = v * w[:, None]
+            if FINITE:
+                # A product of two values of the operands' dtype is half the work.
+                v = narrow(v, OPERAND).to(tl.float32)
         if LIFTED:
             v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
         if COLUMN_SUM:
-            column_sum += tl.sum(v, axis=0)
+            # Added up over rows only once: a reduction makes warps wait for each other.
+            column_sums += v
         acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
 
     tiles = tl.num_programs(0)
@@ -130,7 +138,8 @@ def build_kernel(
     o_row = tl.arange(0, L * DV)
     tl.store(partial + (row * (L * DV) + o_row)[:, None] * KC + o_c[None, :], acc)
     if COLUMN_SUM and i_tile == 0:
-        tl.store(partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_row, column_sum)
+        p_sum = partial_sum + (i_split * tl.num_programs(1) + i_bh) * DV + o_row
+        tl.store(p_sum, tl.sum(column_sums, axis=0))
 
 
 @triton.jit
@@ -162,7 +171,7 @@ def reduce_kernel(
 @triton.jit
 def read_kernel(
     query,
-    selections,
+    pairs,
     s_0,
     s_1,
     s_2,
@@ -173,6 +182,7 @@ def read_kernel(
     z_3,
     first,
     count,
+    value_mean,
     numerator,
     denominator,
     heads,
@@ -180,9 +190,14 @@ def read_kernel(
     head_dim,
     value_dim,
     tiles,
+    parts,
+    eps,
     q_b,
     q_h,
     q_n,
+    o_b,
+    o_h,
+    o_n,
     D: tl.constexpr,
     DV: tl.constexpr,
     KC: tl.constexpr,
@@ -191,10 +206,16 @@ def read_kernel(
     TERMS: tl.constexpr,
     COORDINATE_CHUNKS: tl.constexpr,
     PAIR_CHUNKS: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    ROUND: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Numerator [BM, value_dim] and denominator [BM] of one tile of queries."""
+    """Numerator [BM, value_dim] and denominator [BM] of one tile of queries.
+
+    With DIVIDE both are over the sum of the weights, the numerator is divided, value_mean added,
+    and the ``parts`` slices of a head lie side by side in the output.
+    """
     i_bh = tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -209,7 +230,6 @@ def read_kernel(
         mask=live[:, None] & (o_d < head_dim)[None, :],
         other=0.0,
     )
-    q_operand = narrow(q.to(tl.float32), OPERAND)
 
     # Denominator: z_0 + q · (z_1 + q @ z_2 + pairs @ z_3).
     gradient = tl.zeros([BM, D], dtype=tl.float32) + tl.load(z_1 + i_bh * D + o_d)[None, :]
@@ -225,9 +245,6 @@ def read_kernel(
             row = (i_bh * COORDINATE_CHUNKS + c) * KC
             z = tl.load(z_2 + (row + o_c)[:, None] * D + o_d[None, :])  # [KC, D]
             gradient = dot(base, z, gradient, PRECISION)
-    if TERMS < 4:
-        den = tl.load(z_0 + i_bh) + tl.sum(q.to(tl.float32) * gradient, axis=1)
-        tl.store(denominator + i_bh * tokens + o_m, den, mask=live)
 
     acc = tl.zeros([BM, DV], dtype=tl.float32) + tl.load(s_0 + i_bh * DV + o_v)[None, :]
     for c in range(COORDINATE_CHUNKS):
@@ -250,10 +267,13 @@ def read_kernel(
                 )  # fmt: skip
     if TERMS >= 4:
         for c in range(PAIR_CHUNKS):
-            o_sel = (c * D + o_d)[:, None] * KC + o_c[None, :]
-            sel_a = tl.load(selections + o_sel)
-            sel_b = tl.load(selections + PAIR_CHUNKS * D * KC + o_sel)
-            base = _pairs(q_operand, sel_a, sel_b, PRECISION)  # [BM, KC]
+            # Gathered from the cache, once for all lifts.
+            p_row = p_query + o_m[:, None] * q_n
+            o_k = c * KC + o_c
+            a = tl.load(p_row + tl.load(pairs + o_k)[None, :], mask=live[:, None], other=0.0)
+            o_k += PAIR_CHUNKS * KC
+            b = tl.load(p_row + tl.load(pairs + o_k)[None, :], mask=live[:, None], other=0.0)
+            base = narrow(a.to(tl.float32) * b.to(tl.float32), OPERAND)  # [BM, KC]
             row = (i_bh * PAIR_CHUNKS + c) * KC
             z = tl.load(z_3 + (row + o_c)[:, None] * D + o_d[None, :])
             gradient = dot(base, z, gradient, PRECISION)
@@ -265,10 +285,20 @@ def read_kernel(
                     base, s_top, i_bh * tiles + i_first + i, p_query, o_m, live, q_n,
                     i * L, head_dim, o_c, o_lv, BM, DV, KC, L, PRECISION,
                 )  # fmt: skip
-        den = tl.load(z_0 + i_bh) + tl.sum(q.to(tl.float32) * gradient, axis=1)
-        tl.store(denominator + i_bh * tokens + o_m, den, mask=live)
-
+    mass = tl.load(z_0 + i_bh)
+    den = mass + tl.sum(q.to(tl.float32) * gradient, axis=1)
     p_num = numerator + (i_bh * tokens + o_m)[:, None] * value_dim + o_v[None, :]
+    if DIVIDE:
+        den = den / mass
+        if ROUND:
+            den = narrow(den, numerator.dtype.element_ty).to(tl.float32)
+        acc = acc / (tl.maximum(den, eps) * mass)[:, None]
+        acc += tl.load(value_mean + i_bh * value_dim + o_v, mask=o_v < value_dim)[None, :]
+        i_h = i_bh // parts
+        p_num = numerator + i_h // (heads // parts) * o_b + i_h % (heads // parts) * o_h
+        p_num += i_bh % parts * value_dim + o_m[:, None] * o_n + o_v[None, :]
+    tl.store(denominator + i_bh * tokens + o_m, den, mask=live)
+    acc = narrow(acc, numerator.dtype.element_ty)
     tl.store(p_num, acc, mask=live[:, None] & (o_v < value_dim)[None, :])
 
 

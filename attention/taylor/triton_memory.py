@@ -35,7 +35,10 @@ def full_memory_bytes(
     processors: int = 132,
     config: FullConfig | None = None,
 ) -> int:
-    """Bytes of `triton_full.sums`.
+    """Peak of what `triton_full.sums` allocates, in bytes.
+
+    The sums are built one after the other, each from partial sums that go again; the results come
+    when all partial sums are gone.
 
     Args:
         batch_heads: B · H, sub-heads counted.
@@ -50,25 +53,27 @@ def full_memory_bytes(
     """
     results = _results(batch_heads, queries, value_dim)
     if terms == 1:
-        return results
+        # Values in fp32, and again with their weights.
+        return results + 2 * batch_heads * keys * value_dim * _FP32
     config = config or default_config(head_dim, value_dim, terms, dtype)
     operand = operand_dtype(dtype).itemsize
-    sums, largest_partial = 0, 0
+    held, peak = 0, 0
+
+    def build(tiles: int, rows: int, columns: int) -> None:
+        nonlocal held, peak
+        elements = batch_heads * rows * columns
+        splits = split_count(tiles * batch_heads, keys, processors)
+        held += elements * operand
+        peak = max(peak, held + splits * elements * _FP32)
+
     for degree in range(1, max(2, terms - 1)):
         tiles = math.ceil(degree_dim(head_dim, degree) / config.chunk)
         for columns in (padded(value_dim), padded(head_dim)):
-            elements = batch_heads * tiles * config.chunk * columns
-            splits = split_count(tiles * batch_heads, keys, processors)
-            sums += elements * operand
-            largest_partial = max(largest_partial, splits * elements * _FP32)
+            build(tiles, tiles * config.chunk, columns)
     rows = lifted_rows(head_dim, terms, config)
     if rows:
-        elements = batch_heads * rows * padded(value_dim)
-        tiles = rows // (config.chunk * config.lifts)
-        splits = split_count(tiles * batch_heads, keys, processors)
-        sums += elements * operand
-        largest_partial = max(largest_partial, splits * elements * _FP32)
-    return results + sums + largest_partial
+        build(rows // (config.chunk * config.build_lifts), rows, padded(value_dim))
+    return max(peak, held + results)
 
 
 def streaming_memory_bytes(

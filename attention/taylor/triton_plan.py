@@ -9,7 +9,8 @@ With base features B, values V and queries q the highest degree contributes
 
 so a feature of the highest degree is never formed and nothing is gathered: a product with a
 coordinate is an fp32 factor on the accumulator (the quadratic-form loop, one degree higher).
-Pairs of coordinates are formed by two products with 0/1 selection matrices, which are exact.
+Pairs of coordinates are formed by two products with 0/1 selection matrices, which are exact, in
+the build, and gathered in the read.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class FullConfig:
 
     Attributes:
         chunk: base features per tile.
-        lifts: coordinates by which one tile of base features is lifted at a time.
+        lifts: coordinates by which the read lifts one tile of base features at a time.
+        build_lifts: the same of the build, a multiple of ``lifts``; more mean fewer passes over
+            the keys.
         block_t: keys per step of the build.
         block_m: queries per program of the read.
         build_warps: warps per program of the build.
@@ -43,6 +46,7 @@ class FullConfig:
 
     chunk: int = 32
     lifts: int = 4
+    build_lifts: int = 8
     block_t: int = 64
     block_m: int = 128
     build_warps: int = 8
@@ -56,15 +60,47 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def check_config(
+    config: FullConfig, head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
+) -> None:
+    """Refuse tile sizes that don't fit each other or that compile to wrong code.
+
+    Args:
+        config: tile sizes.
+        head_dim: d.
+        value_dim: Dv.
+        terms: P.
+        dtype: of the operands of matrix products.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    if config.build_lifts % config.lifts:
+        raise ValueError(
+            f"build_lifts: {config.build_lifts} is not allowed; "
+            f"allowed: multiples of lifts, {config.lifts}"
+        )
+    most = min(padded(head_dim), padded(value_dim), 64)
+    if terms >= 4 and dtype != torch.float32 and config.chunk > most:
+        # Seen with Triton 3.6 on an H100: a 16-bit product of [., 64] and [64, 32] takes wrong
+        # rows of its second operand, up to addresses that don't exist.
+        raise ValueError(
+            f"chunk: {config.chunk} is not allowed at head_dim {head_dim}, value_dim {value_dim} "
+            f"and P {terms}; allowed: up to {most}"
+        )
+
+
 def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype) -> FullConfig:
     """Tile sizes that are known to compile without spills for these shapes."""
     wide = padded(value_dim)
+    narrow = min(wide, padded(head_dim))
     if dtype == torch.float32:
         # Products run outside the tensor cores, from registers.
         large = max(wide, padded(head_dim)) > 64
         return FullConfig(
             chunk=16 if head_dim <= 16 else 32,
             lifts=1,
+            build_lifts=1,
             block_t=32,
             block_m=32 if large else 64,
             build_warps=4,
@@ -74,8 +110,23 @@ def default_config(head_dim: int, value_dim: int, terms: int, dtype: torch.dtype
         )
     lifts = max(1, 128 // wide)
     if terms >= 4:
-        return FullConfig(chunk=64, lifts=lifts, build_stages=2, read_stages=3)
-    return FullConfig(chunk=16 if head_dim <= 16 else 32, lifts=lifts)
+        return FullConfig(
+            chunk=min(64, narrow),
+            lifts=lifts,
+            build_lifts=2 * lifts,
+            block_m=64,
+            build_warps=4,
+            read_warps=4,
+            build_stages=2,
+        )
+    return FullConfig(
+        chunk=min(32, narrow),
+        lifts=lifts,
+        build_lifts=2 * lifts,
+        block_m=64,
+        build_warps=4,
+        read_warps=4,
+    )
 
 
 def refusal(head_dim: int, value_dim: int, terms: int) -> str:
@@ -117,8 +168,8 @@ class LiftLayout:
     Attributes:
         tile_chunk: ``[T]`` int32, the chunk of each tile.
         tile_lift: ``[T]`` int32, the first coordinate of each tile.
-        first: ``[chunks]`` int32, the first tile of each chunk.
-        count: ``[chunks]`` int32, the number of tiles of each chunk.
+        first: ``[chunks]`` int32, the first tile of each chunk, in tiles of the read.
+        count: ``[chunks]`` int32, the number of the read's tiles of each chunk.
         weights: ``[T, lifts, chunk]`` fp32: 1/α! of coordinate × feature where the product is
             sorted, 0 elsewhere, so that every monomial counts once.
     """
@@ -161,8 +212,11 @@ def base_layout(head_dim: int, degree: int, chunk: int) -> BaseLayout:
 
 
 @lru_cache(maxsize=32)
-def lift_layout(head_dim: int, degree: int, chunk: int, lifts: int) -> LiftLayout:
-    """Tiles of the monomials of ``degree + 1`` over base features of ``degree``, on the CPU."""
+def lift_layout(head_dim: int, degree: int, chunk: int, lifts: int, read_lifts: int) -> LiftLayout:
+    """Tiles of the monomials of ``degree + 1`` over base features of ``degree``, on the CPU.
+
+    A tile of ``lifts`` coordinates is ``lifts / read_lifts`` tiles to the read.
+    """
     coordinates = base_layout(head_dim, degree, chunk).coordinates
     tile_chunk: list[int] = []
     tile_lift: list[int] = []
@@ -173,8 +227,8 @@ def lift_layout(head_dim: int, degree: int, chunk: int, lifts: int) -> LiftLayou
         # A feature is lifted by coordinates up to its own smallest one.
         highest = max(feature[0] for feature in features) + 1
         tiles = math.ceil(highest / lifts)
-        first.append(len(tile_chunk))
-        count.append(tiles)
+        first.append(len(tile_chunk) * (lifts // read_lifts))
+        count.append(math.ceil(highest / read_lifts))
         for tile in range(tiles):
             tile_chunk.append(index)
             tile_lift.append(tile * lifts)
@@ -216,9 +270,17 @@ def selection(head_dim: int, chunk: int) -> torch.Tensor:
         return picks
 
 
+@lru_cache(maxsize=32)
+def pair_coordinates(head_dim: int, chunk: int) -> torch.Tensor:
+    """Both coordinates of each pair: ``[2, chunks * chunk]`` int32 on the CPU, 0 where padded."""
+    coordinates = base_layout(head_dim, 2, chunk).coordinates
+    with torch.inference_mode(False):
+        return coordinates.clamp_min(0).view(-1, 2).T.contiguous().to(torch.int32)
+
+
 def lifted_rows(head_dim: int, terms: int, config: FullConfig) -> int:
     """Rows of the highest degree that are stored and multiplied, padding included."""
     if terms < 3:
         return 0
-    layout = lift_layout(head_dim, terms - 2, config.chunk, config.lifts)
-    return layout.tile_chunk.numel() * config.lifts * config.chunk
+    layout = lift_layout(head_dim, terms - 2, config.chunk, config.build_lifts, config.lifts)
+    return layout.tile_chunk.numel() * config.build_lifts * config.chunk

@@ -16,9 +16,11 @@ from ..token_layout import TokenLayout
 from ..variant import Call, Effective, Result, RunInfo, Tuning, Variant
 from .attend import Options, taylor_attention
 from .autotune import Tuner
+from .blocks import Sums
 from .deferred import WorstByLayer
+from .dispatch import Choice
 from .features import feature_dim
-from .mass import log_mass
+from .mass import mask_offset
 from .memory import Shape, working_bytes
 from .paths import pick
 from .probe import least_denominator, probe_denominators
@@ -40,6 +42,14 @@ def _options(settings: TaylorSettings) -> Options:
     )
 
 
+def _stream(settings: TaylorSettings) -> StreamConfig:
+    return StreamConfig(
+        feature_chunk=settings.fused_feature_chunk_size,
+        value_chunk=settings.fused_value_chunk_size,
+        store_bf16=settings.s_store_bf16,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A call that nothing has refused yet.
@@ -52,6 +62,9 @@ class _Job:
         options: of the expansion.
         settings: of the call.
         call: itself.
+        choice: the path that computes the sums.
+        sums: its implementation.
+        stream: chunks of the streaming path.
         stats: what was measured so far; filled on the way.
     """
 
@@ -62,6 +75,9 @@ class _Job:
     options: Options
     settings: TaylorSettings
     call: Call
+    choice: Choice
+    sums: Sums
+    stream: StreamConfig
     stats: dict[str, torch.Tensor | float]
 
     @property
@@ -86,6 +102,7 @@ class TaylorVariant(Variant):
     name: ClassVar[str] = "taylor"
     title: ClassVar[str] = "Taylor"
     settings_model: ClassVar[type[VariantSettings]] = TaylorSettings
+    tells_log_mass: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))
@@ -140,10 +157,14 @@ class TaylorVariant(Variant):
             if weights is None:
                 detail = "the mask differs from query to query"
                 return Result(None, Fallback.MASK, detail, stats)
-        self._tuner.watch(query, key, value, call, options, weights)
+        stream = _stream(settings)
+        choice, sums = pick(settings.taylor_path, stream, options, query, value, settings.P)
+        self._tuner.watch(query, key, value, call, options, weights, sums)
         shaped = shape(query, key, call.scale, settings, call.sigma)
         is_shaped = shaped.query is not query or shaped.scale != call.scale
-        job = _Job(shaped, is_shaped, value, weights, options, settings, call, stats)
+        job = _Job(
+            shaped, is_shaped, value, weights, options, settings, call, choice, sums, stream, stats
+        )
         self._make_room(job)
         refused = self._early(job)
         return refused if refused is not None else self._expand(job)
@@ -155,12 +176,21 @@ class TaylorVariant(Variant):
         batch, heads, queries, head_dim = query.shape
         keys, value_dim = job.value.shape[2:]
         sizes = Shape(batch, heads, queries, keys, head_dim, value_dim)
-        kind = (sizes, query.dtype, settings.P, job.options)
+        path, stream = job.choice.path, job.stream
+        kind = (path, sizes, query.dtype, settings.P, job.options, stream)
         self._reservation.ask(
             kind,
             lambda: (
                 settings.memory_reserve_factor
-                * working_bytes("torch", sizes, query.dtype, settings.P, job.options, query.device)
+                * working_bytes(
+                    path,
+                    sizes,
+                    query.dtype,
+                    settings.P,
+                    job.options,
+                    query.device,
+                    stream=stream,
+                )
             ),
             query.device,
         )
@@ -206,14 +236,7 @@ class TaylorVariant(Variant):
 
     def _expand(self, job: _Job) -> Result:
         settings, shaped = job.settings, job.shaped
-        stream = StreamConfig(
-            feature_chunk=settings.fused_feature_chunk_size,
-            value_chunk=settings.fused_value_chunk_size,
-            store_bf16=settings.s_store_bf16,
-        )
-        _, sums = pick(
-            settings.taylor_path, stream, job.options, shaped.query, job.value, settings.P
-        )
+        job.stats["sums_path"] = float(job.choice.code)
         attended = taylor_attention(
             shaped.query,
             shaped.key,
@@ -223,7 +246,8 @@ class TaylorVariant(Variant):
             weights=job.weights,
             options=job.options,
             eps=settings.eps,
-            sums=sums,
+            sums=job.sums,
+            log_mass_rows=job.call.log_mass_rows,
         )
         bad = job.bad_share(attended.denominator)
         job.stats["denom_min"] = attended.denominator.min()
@@ -233,20 +257,9 @@ class TaylorVariant(Variant):
                 self._earlier.post(job.layer, job.call.step, bad)
             elif bool(bad > settings.denom_fallback_frac_limit):
                 return Result(None, Fallback.DENOMINATOR, "", job.stats)
-        mass = None
-        # Independent slices have a denominator each, and none that stands for the whole head.
-        if job.call.wants_log_mass and job.options.heads_per_head == 1:
-            mass = log_mass(
-                attended.denominator,
-                shaped.query,
-                shaped.key,
-                shaped.scale,
-                job.call.mask,
-                job.weights,
-                centre_queries=settings.centre_queries,
-                centre_keys=settings.centre_keys,
-                eps=settings.eps,
-            )
+        mass = attended.log_mass
+        if mass is not None and job.call.mask is not None:
+            mass = mass + mask_offset(job.call.mask)
         effective = shaped if job.is_shaped else None
         return Result(attended.out, stats=job.stats, log_mass=mass, effective=effective)
 

@@ -36,6 +36,7 @@ class TiledVariant(Variant):
     name: ClassVar[str] = "tiled"
     title: ClassVar[str] = "Tiled"
     settings_model: ClassVar[type[VariantSettings]] = TiledSettings
+    tells_log_mass: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))
@@ -78,11 +79,15 @@ class TiledVariant(Variant):
         options = options_of(settings)
         choice = dispatch.choose_for(settings.tiled_path, query, value, call.scale)
         self._make_room(choice, query, value, layout, options, settings)
+        rows = call.log_mass_rows
         attended = dispatch.attend(
             choice, query, key, value, call.scale, layout, options,
-            wants_log_mass=call.wants_log_mass,
+            wants_log_mass=rows is not None,
         )  # fmt: skip
-        return Result(attended.out, stats=stats, log_mass=attended.log_mass)
+        mass = attended.log_mass
+        if mass is not None and rows is not None:
+            mass = mass.index_select(2, rows)
+        return Result(attended.out, stats=stats, log_mass=mass)
 
     def _make_room(
         self,

@@ -11,6 +11,9 @@ from starlette.responses import Response
 
 from ..schemas import Problem
 
+BASE = "/api/v1"
+"""Path of the API."""
+
 RunIdPath = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="id of a run")]
 InstanceIdPath = Annotated[str, Path(pattern=r"^[0-9a-f]{32}$", description="id of an instance")]
 

@@ -44,6 +44,8 @@ def _cells(metric: Metric, matrix: str) -> Trace:
             tickvals=list(DECADES),
             ticktext=[f"1e{power}" if power else "1" for power in DECADES],
         )
+    if metric.names:
+        bar.update(tickvals=list(metric.names), ticktext=list(metric.names.values()))
     return {
         "type": "heatmap",
         "name": metric.title,

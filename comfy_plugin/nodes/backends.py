@@ -16,100 +16,101 @@ CATEGORY = "AttnScope"
 _STACKED = " Of two AttnScope nodes on one model the later one is in force, alone."
 
 
-def _schema(node_id: str, name: str, variant: str, description: str) -> io.Schema:
-    return io.Schema(
-        node_id=node_id,
-        display_name=name,
-        category=CATEGORY,
-        description=description + _STACKED,
-        inputs=[
-            io.Model.Input("model", tooltip="The model; the node works on a clone of it."),
-            *settings_inputs(settings_model(variant)),
-            io.String.Input(
-                "server_url",
-                default="",
-                optional=True,
-                tooltip="Address of the AttnScope server. Empty: ATTNSCOPE_URL, attnscope.toml "
-                "in ComfyUI's user folder, or http://127.0.0.1:8420.",
-            ),
-            io.String.Input(
-                "label", default="", optional=True, tooltip="Name of the runs in the dashboard."
-            ),
-        ],
-        outputs=[io.Model.Output()],
-    )
+class _Backend(io.ComfyNode):
+    """A variant on a model, recorded and steered live."""
 
-
-def _apply(variant: str, model: Any, values: dict[str, Any]) -> io.NodeOutput:
-    server_url = str(values.pop("server_url", None) or "")
-    label = str(values.pop("label", None) or "")
-    plan = Plan(
-        variant=variant,
-        settings=read_settings(settings_model(variant), values),
-        label=label,
-        config=configuration(server_url),
-    )
-    return io.NodeOutput(attach(model, plan))
-
-
-class TaylorNode(io.ComfyNode):
-    """Taylor attention on a model, recorded and steered live."""
-
-    VARIANT: ClassVar[str] = "taylor"
+    VARIANT: ClassVar[str]
+    NODE_ID: ClassVar[str]
+    TITLE: ClassVar[str]
+    ABOUT: ClassVar[str]
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _schema(
-            "AttnScopeTaylor",
-            "Taylor Attention Backend",
-            cls.VARIANT,
-            "Runs the model's attention as a truncated Taylor series where its gates allow, and "
-            "shows every step in the dashboard, from where the settings can be changed while it "
-            "samples.",
+        return io.Schema(
+            node_id=cls.NODE_ID,
+            display_name=cls.TITLE,
+            category=CATEGORY,
+            description=cls.ABOUT + _STACKED,
+            inputs=[
+                io.Model.Input("model", tooltip="The model; the node works on a clone of it."),
+                *settings_inputs(settings_model(cls.VARIANT)),
+                io.String.Input(
+                    "server_url",
+                    default="",
+                    optional=True,
+                    tooltip="Address of the AttnScope server. Empty: ATTNSCOPE_URL, "
+                    "attnscope.toml in ComfyUI's user folder, or http://127.0.0.1:8420.",
+                ),
+                io.String.Input(
+                    "label",
+                    default="",
+                    optional=True,
+                    tooltip="Name of the runs in the dashboard.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
         )
 
     @classmethod
     def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
-        return _apply(cls.VARIANT, model, values)
-
-
-class TiledNode(io.ComfyNode):
-    """Tiled attention on a model, recorded and steered live."""
-
-    VARIANT: ClassVar[str] = "tiled"
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _schema(
-            "AttnScopeTiled",
-            "Tiled Attention Backend",
-            cls.VARIANT,
-            "Runs the model's attention exactly between text and tiles of the picture that lie "
-            "near each other, and to first order elsewhere, where its gates allow. Made for "
-            "large pictures. Shows every step in the dashboard, from where the settings can be "
-            "changed while it samples.",
+        server_url = str(values.pop("server_url", None) or "")
+        label = str(values.pop("label", None) or "")
+        plan = Plan(
+            variant=cls.VARIANT,
+            settings=read_settings(settings_model(cls.VARIANT), values),
+            label=label,
+            config=configuration(server_url),
         )
-
-    @classmethod
-    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
-        return _apply(cls.VARIANT, model, values)
+        return io.NodeOutput(attach(model, plan))
 
 
-class MonitorNode(io.ComfyNode):
+class TaylorNode(_Backend):
+    """Taylor attention."""
+
+    VARIANT = "taylor"
+    NODE_ID = "AttnScopeTaylor"
+    TITLE = "Taylor Attention Backend"
+    ABOUT = (
+        "Runs the model's attention as a truncated Taylor series where its gates allow, and shows "
+        "every step in the dashboard, from where the settings can be changed while it samples."
+    )
+
+
+class HybridNode(_Backend):
+    """Hybrid attention."""
+
+    VARIANT = "hybrid"
+    NODE_ID = "AttnScopeHybrid"
+    TITLE = "Hybrid Attention Backend"
+    ABOUT = (
+        "Runs Flux's attention exactly in a window and to the text, and approximates the rest by "
+        "a low-dimensional Taylor series of query and key before rotary embedding. Window and "
+        "weight can follow sigma. While the model runs, Flux's attention function is patched; it "
+        "is put back when the run ends."
+    )
+
+
+class TiledNode(_Backend):
+    """Tiled attention."""
+
+    VARIANT = "tiled"
+    NODE_ID = "AttnScopeTiled"
+    TITLE = "Tiled Attention Backend"
+    ABOUT = (
+        "Runs the model's attention exactly between text and tiles of the picture that lie near "
+        "each other, and to first order elsewhere, where its gates allow. Made for large "
+        "pictures. Shows every step in the dashboard, from where the settings can be changed "
+        "while it samples."
+    )
+
+
+class MonitorNode(_Backend):
     """A model's own attention, watched."""
 
-    VARIANT: ClassVar[str] = "exact"
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return _schema(
-            "AttnScopeMonitor",
-            "AttnScope Monitor",
-            cls.VARIANT,
-            "Leaves attention as it is and shows time and q·k statistics of every layer and step "
-            "in the dashboard. Its runs serve as baselines.",
-        )
-
-    @classmethod
-    def execute(cls, model: Any, **values: Any) -> io.NodeOutput:
-        return _apply(cls.VARIANT, model, values)
+    VARIANT = "exact"
+    NODE_ID = "AttnScopeMonitor"
+    TITLE = "AttnScope Monitor"
+    ABOUT = (
+        "Leaves attention as it is and shows time and q·k statistics of every layer and step in "
+        "the dashboard. Its runs serve as baselines."
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from support.events import INF, NAN, RunScript, instance
 
+from attnscope.attention.sums_paths import SumsPath
 from attnscope.backend import clock, columns, sweeper
 from attnscope.db import runs, steps
 
@@ -156,6 +157,16 @@ def test_columns_hold_the_whole_run(api: Any) -> None:
     assert answer["paths"] == [["taylor"] * 3] * 3
     assert answer["reasons"] == {"fallback.denominator": [3, 3, 3]}
     assert answer["seq"] == api.get("/health")["latest_seq"]
+
+
+def test_what_computed_the_sums_is_kept_per_layer_and_step(api: Any) -> None:
+    script = RunScript(layers=3, steps=2)
+    codes = [float(SumsPath.TORCH_NO_CUDA), None, float(SumsPath.STREAMING_TERMS)]
+    api.send(script.started(), script.step(0, sums_path=codes))
+    rows = api.get(f"/runs/{script.run_id}/layer-steps")["items"]
+    assert [row["metrics"]["sums_path"] for row in rows] == codes
+    columns = api.get(f"/runs/{script.run_id}/columns")
+    assert [row[0] for row in columns["layer_steps"]["sums_path"]] == codes
 
 
 def test_layers_that_were_not_announced_are_kept(api: Any) -> None:

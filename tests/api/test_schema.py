@@ -50,6 +50,9 @@ def test_what_is_allowed_is_said_in_words(variant: str) -> None:
 def test_metrics_and_reasons_are_described(api: Any) -> None:
     answer = api.get("/schema/metrics")
     assert [metric["name"] for metric in answer["metrics"]] == list(METRIC_NAMES)
+    names = {metric["name"]: metric["names"] for metric in answer["metrics"]}
+    assert names["nmse"] == {}
+    assert names["sums_path"]["2"] == "torch (no CUDA device)"
     assert set(answer["reasons"]) == {reason.value for kind in (Gate, Fallback) for reason in kind}
 
 

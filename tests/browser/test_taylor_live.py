@@ -101,11 +101,20 @@ def test_tuning_gates_and_bad_denominators_are_seen_with_their_reasons(
         expected = 0 if row_["step"] < tuned_step else 1 if row_["step"] < forced_step else 2
         assert row_["revision"] == expected, dict(row_)
     made = stack.sql(
-        "SELECT nmse, nmse_eff, feature_dim, head_dim FROM layer_steps_readable "
-        "WHERE run_id = ? AND calls_variant > 0",
+        "SELECT step, layer, nmse, nmse_eff, feature_dim, head_dim, sums_path "
+        "FROM layer_steps_readable WHERE run_id = ? AND calls_variant > 0",
         run_id,
     )
     assert made and all(None not in tuple(one) for one in made)
+
+    # What computed the sums of a layer, and why nothing better.
+    cell = made[0]
+    infos = {one["name"]: one for one in stack.api("/schema/metrics")["metrics"]}
+    code = int(cell["sums_path"])
+    page.goto(f"{stack.server_url}/runs/{run_id}?layer={cell['layer']}&step={cell['step']}")
+    expect(page.get_by_test_id("cell-readout")).to_contain_text(
+        f"{infos['sums_path']['title']} {infos['sums_path']['names'][str(code)]}"
+    )
 
     # ComfyUI's log sums up every step and the run, once each.
     wait_for(

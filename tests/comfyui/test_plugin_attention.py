@@ -67,7 +67,13 @@ class Bench:
             put=lambda draft: None,
             interrupt=lambda run: None,
         )
-        self.run.record = self.records.append  # type: ignore[method-assign]
+        keep = self.run.record
+
+        def record(call: CallRecord) -> None:
+            self.records.append(call)
+            keep(call)
+
+        self.run.record = record  # type: ignore[method-assign]
         self.hook = AttentionHook(self.run, earlier)
 
     @property
@@ -149,6 +155,7 @@ def test_every_layout_and_mask_reaches_the_variant_and_comes_back(
     assert bench.last.made_by_variant
     assert (bench.last.tokens_q, bench.last.tokens_k) == (QUERIES, KEYS)
     assert bench.last.layer == "single.4"
+    bench.run.end("completed")
     assert {"nmse", "cosine", "qk_std"} <= set(bench.last.stats)
 
 
@@ -292,10 +299,10 @@ def test_a_broken_measurement_changes_nothing(
 ) -> None:
     from attnscope.comfy_plugin import hooks
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no statistics today")
 
-    monkeypatch.setattr(hooks, "sampled_stats", broken)
+    monkeypatch.setattr(hooks, "sample_call", broken)
     bench = Bench()
     query, key, value = tensors()
     out = attention.attention_pytorch(
@@ -328,6 +335,7 @@ def test_the_monitor_hands_through_the_very_same_output(dtype: Any, attention: A
     )
     assert torch.equal(out, plain)
     assert not bench.last.kind
+    bench.run.end("completed")
     assert "qk_std" in bench.last.stats
     assert "nmse" not in bench.last.stats
     attention.attention_pytorch(
@@ -343,14 +351,15 @@ def test_quality_is_sampled_only_where_it_is_wanted(attention: Any) -> None:
         attention.attention_pytorch(
             query, key, value, HEADS, skip_reshape=True, transformer_options=bench.options
         )
+        # Statistics are made when the step closes.
+        bench.run.called_back(bench.run.step)
+        bench.run.begin_evaluation()
         return "nmse" in bench.last.stats
 
     assert not measured(Bench(quality_samples=0))
     bench = Bench(quality_every=2)
     bench.run.begin_evaluation()
     assert measured(bench)
-    bench.run.called_back(0)
-    bench.run.begin_evaluation()
     assert bench.run.step == 1
     assert not measured(bench)
 

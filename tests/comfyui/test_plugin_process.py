@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from receiver import Receiver, wait_for
 from support.stack import call, free_port
 
@@ -32,6 +35,18 @@ class ComfyUI:
             240.0,
             "the prompt's end",
         )
+
+    def run_of(self, history: dict[str, Any]) -> dict[int, Any]:
+        """The events of a prompt's only run by their seq, growing as they come."""
+        prompt_id = history["prompt"][1]
+
+        def found() -> dict[int, Any] | None:
+            for events in list(self.receiver.events.values()):
+                if 0 in events and events[0].sampling.prompt_id == prompt_id:
+                    return events
+            return None
+
+        return wait_for(found, 30.0, "the run's beginning")
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +97,11 @@ def graph(node: str = "AttnScopeMonitor", **settings: Any) -> dict[str, Any]:
 
 def test_the_nodes_inputs_are_the_settings(process: ComfyUI) -> None:
     for node, variant in (
-        ("AttnScopeTaylor", "taylor"), ("AttnScopeTiled", "tiled"), ("AttnScopeMonitor", "exact"),
-    ):  # fmt: skip
+        ("AttnScopeTaylor", "taylor"),
+        ("AttnScopeHybrid", "hybrid"),
+        ("AttnScopeTiled", "tiled"),
+        ("AttnScopeMonitor", "exact"),
+    ):
         info = call(f"{process.url}/object_info/{node}")[node]
         inputs = info["input"].get("required", {}) | info["input"].get("optional", {})
         assert set(inputs) == {"model", "server_url", "label", *SETTINGS[variant].model_fields}
@@ -121,6 +139,45 @@ def test_a_prompt_s_run_tells_all_about_itself(process: ComfyUI) -> None:
     assert [event.seq for event in events] == list(range(len(events)))
     instance = process.receiver.batches[-1].instance
     assert instance.name.endswith(process.url.rpartition(":")[2])
+
+
+def test_a_finished_picture_comes_as_comfyui_saved_it(process: ComfyUI) -> None:
+    history = process.queue(graph())
+    [saved] = history["outputs"]["7"]["images"]
+    run = process.run_of(history)
+
+    def final() -> Any:
+        return next((e for e in run.values() if getattr(e, "image_kind", "") == "final"), None)
+
+    sent = wait_for(final, 30.0, "the finished picture")
+    folder = process.log.parent / "base" / "output" / saved["subfolder"]
+    with Image.open(folder / saved["filename"]) as picture:
+        expected = np.asarray(picture.convert("RGB"))
+    assert sent.media_type == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(sent.data))), expected)
+
+
+def test_runs_that_differ_in_our_node_alone_have_one_recipe(process: ComfyUI) -> None:
+    def recipe(made: dict[str, Any]) -> str:
+        run = process.run_of(process.queue(made))
+        return str(run[0].sampling.recipe)
+
+    # A label of its own: ComfyUI does not sample again what it has in its cache.
+    exact = recipe(graph(label="a baseline"))
+    assert len(exact) == 64
+    assert recipe(graph("AttnScopeTaylor", min_tokens=0, P=2)) == exact
+    text, seed, between = graph(), graph(), graph()
+    text["3"]["inputs"]["text"] = "small blue circle"
+    seed["5"]["inputs"]["seed"] = 4
+    between["8"] = {
+        "class_type": "ModelSamplingFlux",
+        "inputs": {
+            "model": ["1", 0], "max_shift": 1.15, "base_shift": 0.5, "width": 128, "height": 128,
+        },
+    }  # fmt: skip
+    between["2"]["inputs"]["model"] = ["8", 0]
+    others = [recipe(made) for made in (text, seed, between)]
+    assert len({exact, *others}) == 4
 
 
 def test_a_bad_value_is_named_at_the_node(process: ComfyUI) -> None:

@@ -4,7 +4,7 @@ Every torch call of Python passes the dispatcher, on whatever device, so a CPU s
 operators that a GPU would run. Counted are those whose answer a host reads (`item`, `bool`,
 `float`, `tolist` of a tensor come out as ``_local_scalar_dense``), those whose output shape
 depends on values (``nonzero``, boolean masks as an index, ``unique``), and copies from another
-device to the CPU that are not non-blocking.
+device to the CPU that are not non-blocking. It also counts what a GPU would launch.
 
 It can't see: a wait inside a kernel or a library (cuSOLVER's error checks, Triton's launches), a
 copy from pageable memory, ``torch.cuda.synchronize`` and events, and a full queue of launches.
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 _READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
 _SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 _COPIES = {"_to_copy", "copy_"}
+_LAUNCH_NOTHING = {"_unsafe_view", "_reshape_alias", "empty", "empty_strided", "new_empty"}
 
 
 class Synchronisations(TorchDispatchMode):
@@ -30,11 +31,14 @@ class Synchronisations(TorchDispatchMode):
     Attributes:
         waits: names of the operators, in order. Reading a tensor that was there before doesn't
             count: its work was done.
+        launches: names of the operators that compute or copy, in order: all but views and empty
+            tensors. Some are more than one kernel.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.launches: list[str] = []
         self._made: set[int] = set()
         self._held: list[torch.Tensor] = []
 
@@ -50,6 +54,8 @@ class Synchronisations(TorchDispatchMode):
         fresh = any(id(x) in self._made for x in inputs)
         if fresh and (name in _READS | _SHAPED_BY_VALUES or indexed):
             self.waits.append(name)
+        if not func.is_view and name not in _LAUNCH_NOTHING | _READS:
+            self.launches.append(name)
         out = func(*args, **kwargs)
         if name in _COPIES and inputs and not kwargs.get("non_blocking"):
             outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnscope.attention.metrics import Fold
+from attnscope.attention.metrics import BY_NAME, Fold
+from attnscope.attention.sums_paths import SumsPath
 from attnscope.comfy_plugin.clocks import HostClock, clock_for
 from attnscope.comfy_plugin.recorder import CallRecord, ClosedStep, StepLog, fold
 from attnscope.wire import StepClosed
@@ -53,6 +54,17 @@ def test_calls_of_a_layer_are_folded_by_each_metric_s_rule() -> None:
     assert columns.metrics["denom_bad_frac"] == [0.5, None]
     assert columns.calls == [1, 2]
     assert event.seq == 5 and event.step == 2 and event.revision == 1
+
+
+def test_the_least_path_of_a_layer_s_calls_is_reported_with_its_reason() -> None:
+    codes = [float(code) for code in (SumsPath.FULL, SumsPath.STREAMING_TERMS)]
+    event = close(
+        *(record("double.0", stats={"sums_path": code}) for code in codes), record("double.1")
+    )
+    assert event.layers.metrics["sums_path"] == [float(SumsPath.STREAMING_TERMS), None]
+    text = BY_NAME["sums_path"].text
+    assert text(11.0) == "streaming (P is too high for the full path)"
+    assert (text(7.0), text(math.nan), text(2.5)) == ("7", "nan", "2.5")
 
 
 def test_time_adds_up() -> None:

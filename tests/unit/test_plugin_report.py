@@ -33,8 +33,14 @@ def calls() -> list[Any]:
     stats |= {"qk_p01": -1.5, "qk_p99": 2.5, "q_norm": 4.0, "k_norm": 5.0}
     refused = {"head_dim": 256.0, "feature_dim": 9000.0, "probe_denom_min": -0.5}
     return [
-        record("double.0", stats={**stats, "head_dim": 64.0, "feature_dim": 2145.0}),
-        record("double.1", stats={**stats, "nmse": torch.tensor(0.5), "denom_min": 0.25}),
+        record(
+            "double.0",
+            stats={**stats, "head_dim": 64.0, "feature_dim": 2145.0, "sums_path": 20.0},
+        ),
+        record(
+            "double.1",
+            stats={**stats, "nmse": torch.tensor(0.5), "denom_min": 0.25, "sums_path": 2.0},
+        ),
         record(
             "single.0", made_by_variant=False, kind="fallback", reason="denominator_probe",
             stats={**refused, "probe_bad_frac": 0.125},
@@ -47,7 +53,8 @@ def test_a_step_in_one_line() -> None:
     assert step_line(closed(*calls()), 8) == (
         "step 3/8 sigma 0.5: worst NMSE 0.5 (double.1), eff 0.002 (double.0); "
         "denominators from 0.25, bad 0; probe from -0.5, bad 0.125; "
-        "q·k -1.5 to 2.5, |q| 4 |k| 5; head_dim 256, R 9000; path taylor 2, exact 1; "
+        "q·k -1.5 to 2.5, |q| 4 |k| 5; head_dim 256, R 9000; "
+        "sums by full 1, torch (no CUDA device) 1; path taylor 2, exact 1; "
         "gated sigma_above_max 1; fell back denominator_probe 1"
     )
 

@@ -1,4 +1,4 @@
-"""Metrics against their definitions, in float64 over all queries."""
+"""Sampling, exact attention of samples, and the order of metrics."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from attnscope.attention import metrics, quality
-from attnscope.attention.exact import reference_attention
-from attnscope.attention.variant import Effective
 
 SCALE = 0.25
 
@@ -19,64 +17,6 @@ def tensors(tokens: int = 64) -> tuple[torch.Tensor, ...]:
     return tuple(
         torch.randn(3, 2, 2, tokens, 16, generator=generator, dtype=torch.float64).unbind(0)
     )
-
-
-def test_all_queries_sampled_give_the_full_metrics() -> None:
-    q, k, v = tensors()
-    exact = reference_attention(q, k, v, SCALE)
-    out = exact + 0.1 * torch.randn_like(exact)
-    stats = quality.sampled_stats(q, k, v, out, SCALE, None, 64, 0)
-    logits = q @ k.transpose(-2, -1) * SCALE
-    expected = {
-        "nmse": (out - exact).square().sum() / exact.square().sum(),
-        "cosine": torch.nn.functional.cosine_similarity(out, exact, dim=-1).mean(),
-        "qk_std": (logits - logits.mean(-1, keepdim=True)).square().mean().sqrt(),
-        "qk_p01": torch.quantile(logits.flatten()[::2], 0.01),
-        "qk_p50": torch.quantile(logits.flatten()[::2], 0.5),
-        "qk_p99": torch.quantile(logits.flatten()[::2], 0.99),
-        "q_norm": q.norm(dim=-1).mean(),
-        "k_norm": k.norm(dim=-1).mean(),
-    }
-    expected["nmse_eff"], expected["cosine_eff"] = expected["nmse"], expected["cosine"]
-    assert set(stats) == set(expected) <= set(metrics.METRIC_NAMES)
-    for name, value in expected.items():
-        assert float(stats[name]) == pytest.approx(float(value), rel=1e-4, abs=2e-2), name
-
-
-def test_few_samples_come_near_the_full_nmse() -> None:
-    q, k, v = tensors(512)
-    exact = reference_attention(q, k, v, SCALE)
-    out = exact + 0.1 * torch.randn(exact.shape, dtype=exact.dtype)
-    full = quality.nmse(out, exact)
-    sampled = quality.sampled_stats(q, k, v, out, SCALE, None, 32, 0)["nmse"]
-    assert float(sampled) == pytest.approx(float(full), rel=0.25)
-
-
-def test_exact_output_leaves_out_what_it_can_not_have() -> None:
-    q, k, v = tensors()
-    stats = quality.sampled_stats(q, k, v, None, SCALE, None, 8, 0)
-    assert "nmse" not in stats and "qk_std" in stats
-
-
-@pytest.mark.parametrize("rows", [False, True])
-def test_masked_pairs_count_neither_in_quality_nor_in_statistics(rows: bool) -> None:
-    q, k, v = tensors()
-    mask = (torch.arange(64) < 20)[None, None, None, :]
-    exact = reference_attention(q, k, v, SCALE, mask)
-    k = k.clone()
-    k[:, :, 20:] *= 1000
-    if rows:
-        mask = mask.expand(1, 1, 64, 64).contiguous()
-    stats = quality.sampled_stats(q, k, v, exact, SCALE, mask, 16, 0)
-    assert float(stats["nmse"]) < 1e-10
-    assert float(stats["qk_p99"]) < 20
-
-
-def test_nan_in_the_output_shows_in_the_metric() -> None:
-    q, k, v = tensors()
-    out = reference_attention(q, k, v, SCALE)
-    out[0, 0] = float("nan")
-    assert torch.isnan(quality.sampled_stats(q, k, v, out, SCALE, None, 16, 0)["nmse"])
 
 
 def test_heads_taken_a_few_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,38 +48,44 @@ def test_worst_layer_follows_the_metrics_direction_and_nan_is_worst() -> None:
     assert metrics.median([None]) is None
 
 
-def test_effective_quality_is_against_the_attention_that_was_approximated() -> None:
+@pytest.mark.parametrize("factor", [0.1, 1.0, 30.0])
+def test_exact_rows_are_attention_and_its_logsumexp(factor: float) -> None:
     q, k, v = tensors()
-    soft = Effective(q * 0.5, k, SCALE * 0.7)
-    out = reference_attention(soft.query, soft.key, v, soft.scale)
-    mass = (soft.query @ k.transpose(-2, -1) * soft.scale).logsumexp(-1)
-    stats = quality.sampled_stats(
-        q, k, v, out, SCALE, None, 16, 0, effective=soft, log_mass=mass + 0.25
-    )
-    assert float(stats["nmse_eff"]) < 1e-10 < 1e-4 < float(stats["nmse"])
-    assert float(stats["cosine_eff"]) > 1 - 1e-6 > float(stats["cosine"])
-    assert float(stats["log_mass_bias"]) == pytest.approx(0.25, abs=1e-5)
+    mask = torch.where(torch.arange(64) < 50, 0.0, float("-inf"))[None, None, None]
+    out, mass = quality.exact_rows(q * factor, k, v, SCALE, mask)
+    logits = (q * factor @ k.transpose(-2, -1) * SCALE + mask).double()
+    torch.testing.assert_close(out.double(), torch.softmax(logits, -1) @ v, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mass.double(), logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
 
 
-def test_without_shaping_effective_quality_costs_nothing() -> None:
-    q, k, v = tensors()
-    stats = quality.sampled_stats(q, k, v, v, SCALE, None, 16, 0)
-    assert stats["nmse_eff"] is stats["nmse"] and stats["cosine_eff"] is stats["cosine"]
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """As on CUDA: products of bfloat16 without copies, accumulated in float32."""
+    seen: list[torch.dtype] = []
+    multiply = torch.bmm
+
+    def bmm(a: torch.Tensor, b: torch.Tensor, out_dtype: Any = None) -> torch.Tensor:
+        if out_dtype is None:
+            return multiply(a, b)
+        assert a.dtype == b.dtype == torch.bfloat16
+        seen.append(a.dtype)
+        return multiply(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(quality, "_accumulates", lambda _, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "bmm", bmm)
+    return seen
 
 
-def test_raw_and_effective_quality_look_at_the_same_queries(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_rounded_weights_cost_no_more_than_a_rounded_output(
+    factor: float, bfloat16_products: list[torch.dtype]
 ) -> None:
-    q, k, v = tensors()
-    asked: list[torch.Tensor] = []
-
-    def exact_rows(query: torch.Tensor, *rest: Any) -> Any:
-        asked.append(query)
-        return original(query, *rest)
-
-    original = quality.exact_rows
-    monkeypatch.setattr(quality, "exact_rows", exact_rows)
-    quality.sampled_stats(q, k, v, v, SCALE, None, 5, 3, effective=Effective(q, k, SCALE / 2))
-    raw, effective = asked
-    torch.testing.assert_close(raw, effective)
-    assert raw.shape[2] == 5
+    q, k, v = (t.to(torch.bfloat16) for t in tensors(512))
+    q *= factor
+    out, mass = quality.exact_rows(q[:, :, :16], k, v, SCALE, None)
+    logits = q[:, :, :16].double() @ k.double().transpose(-2, -1) * SCALE
+    exact = torch.softmax(logits, -1) @ v.double()
+    assert len(bfloat16_products) == 2 and out.dtype == torch.float32
+    assert float(quality.nmse(out, exact)) < 5e-6
+    assert float(quality.nmse(exact.to(torch.bfloat16), exact)) < 5e-6
+    torch.testing.assert_close(mass.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)

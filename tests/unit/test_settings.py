@@ -56,7 +56,7 @@ def test_live_names_leave_out_what_waits_for_the_next_run() -> None:
 
 
 def test_an_unknown_variant_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(KeyError, match=r"variant: unknown value 'nope'; allowed: exact, taylor"):
+    with pytest.raises(KeyError, match=r"variant: unknown value 'nope'; allowed: exact, .*taylor"):
         settings.settings_model("nope")
 
 

@@ -9,8 +9,9 @@ import torch
 from support.synchronisations import Synchronisations
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnscope.attention.quality import sampled_indices, sampled_stats
+from attnscope.attention.quality import sampled_indices
 from attnscope.attention.reasons import Fallback
+from attnscope.attention.samples import sample_call, statistics
 from attnscope.attention.settings import TaylorSettings
 from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.probe import least_denominator, probe_denominators
@@ -198,13 +199,15 @@ def test_how_often_a_call_waits_for_the_device(
     q, k, v = tensors(factor)
     # The first step also fills caches of constants, which a run does once.
     for step in range(3):
-        about = Call(keep, LayerId("single", 3), 0.5, step, SCALE, wants_log_mass=True)
+        rows = sampled_indices(q.shape[2], 8, 0, q.device)
+        about = Call(keep, LayerId("single", 3), 0.5, step, SCALE, log_mass_rows=rows)
         with Synchronisations() as seen:
             result = variant.attend(q, k, v, about)
-            stats = sampled_stats(
+            sample = sample_call(
                 q, k, v, result.out, SCALE, None, 8, 0,
                 effective=result.effective, log_mass=result.log_mass,
             )  # fmt: skip
+            (stats,) = statistics([sample])
         assert "qk_std" in stats
     assert len(seen.waits) == waits, seen.waits
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnscope.attention.exact import reference_attention
-from attnscope.attention.quality import sampled_stats
+from attnscope.attention.samples import sample_call, statistics
 from attnscope.attention.settings import TaylorSettings
 from attnscope.attention.taylor.shaping import NormRule, norm_rule, shape
 from attnscope.attention.taylor.variant import TaylorVariant
@@ -85,16 +85,19 @@ def test_the_sigma_gate_holds_for_norms_alone(
 )
 def test_the_variant_says_which_attention_it_approximates(settings: dict[str, Any]) -> None:
     q, k, v = tensors()
-    call = Call(TaylorSettings(P=7, **settings), None, 0.5, 0, SCALE, wants_log_mass=True)
+    call = Call(
+        TaylorSettings(P=7, **settings), None, 0.5, 0, SCALE, log_mass_rows=torch.arange(40)
+    )
     result = TaylorVariant().attend(q, k, v, call)
     assert result.out is not None and result.effective is not None
     shaped = result.effective
     exact = reference_attention(shaped.query, shaped.key, v, shaped.scale)
     torch.testing.assert_close(result.out, exact, rtol=0.0, atol=1e-3)
-    stats = sampled_stats(
+    sample = sample_call(
         q, k, v, result.out, SCALE, None, 40, 0,
         effective=shaped, log_mass=result.log_mass,
     )  # fmt: skip
+    (stats,) = statistics([sample])
     assert float(stats["nmse_eff"]) < 1e-4 < 1e-3 < float(stats["nmse"])
     assert abs(float(stats["log_mass_bias"])) < 1e-3
 

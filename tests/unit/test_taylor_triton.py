@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.triton_interpreter import run_interpreted
 
+from attnscope.attention.sums_paths import NAMES, SumsPath
 from attnscope.attention.taylor.dispatch import MIN_TOKENS, choose
 from attnscope.attention.taylor.multisets import unrank
 from attnscope.attention.taylor.triton_plan import base_layout, lift_layout, selection
@@ -53,7 +54,7 @@ def test_unranking_reaches_ranks_beyond_32_bits():
 @pytest.mark.parametrize(("chunk", "lifts"), [(4, 1), (8, 4), (16, 2)])
 def test_lifted_tiles_hold_every_monomial_of_the_next_degree_once(head_dim, degree, chunk, lifts):
     base = base_layout(head_dim, degree, chunk).coordinates.tolist()
-    layout = lift_layout(head_dim, degree, chunk, lifts)
+    layout = lift_layout(head_dim, degree, chunk, lifts, lifts)
     found = {}
     for tile, weights in enumerate(layout.weights.tolist()):
         index = layout.tile_chunk[tile]
@@ -112,6 +113,36 @@ def test_path_and_reason(setting, changes, path, reason):
     assert found.path == path
     assert reason in found.reason
     assert bool(found.reason) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("setting", "changes", "code"),
+    [
+        ("auto", {}, SumsPath.FULL),
+        ("full", {}, SumsPath.FULL),
+        ("streaming", {}, SumsPath.STREAMING),
+        ("torch", {}, SumsPath.TORCH),
+        ("auto", {"terms": 5}, SumsPath.STREAMING_TERMS),
+        ("auto", {"head_dim": 256}, SumsPath.STREAMING_HEAD_DIM),
+        ("auto", {"head_dim": 256, "value_dim": 256}, SumsPath.STREAMING_HEAD_DIM),
+        ("auto", {"value_dim": 256}, SumsPath.STREAMING_VALUE_DIM),
+        ("auto", {"triton_reason": "no CUDA"}, SumsPath.TORCH_NO_CUDA),
+        ("full", {"triton_reason": "x", "triton_installed": False}, SumsPath.TORCH_NO_TRITON),
+        ("auto", {"dtype": torch.float64}, SumsPath.TORCH_DTYPE),
+        ("auto", {"keys": 10}, SumsPath.TORCH_FEW_KEYS),
+        ("streaming", {"terms": 9}, SumsPath.TORCH_TERMS),
+    ],
+)
+def test_every_choice_has_its_code(setting, changes, code):
+    found = choice(setting, **changes)
+    assert found.code is code
+    assert NAMES[code].startswith(found.path)
+
+
+def test_every_code_has_a_name_and_a_better_path_a_higher_number():
+    assert set(NAMES) == set(SumsPath)
+    order = [SumsPath(code).path for code in sorted(SumsPath)]
+    assert [path for path, _ in itertools.groupby(order)] == ["torch", "streaming", "full"]
 
 
 def test_unknown_path_is_refused():

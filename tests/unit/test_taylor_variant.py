@@ -11,6 +11,7 @@ from attnscope.attention.exact import reference_attention
 from attnscope.attention.quality import nmse
 from attnscope.attention.reasons import Fallback, Gate
 from attnscope.attention.settings import TaylorSettings
+from attnscope.attention.sums_paths import SumsPath
 from attnscope.attention.taylor.variant import TaylorVariant
 from attnscope.attention.variant import Call, LayerId
 
@@ -84,7 +85,9 @@ def test_output_has_the_dtype_of_the_query_and_statistics_stay_tensors() -> None
     assert {n for n, v in result.stats.items() if not isinstance(v, torch.Tensor)} == {
         "head_dim",
         "feature_dim",
+        "sums_path",
     }
+    assert SumsPath(int(result.stats["sums_path"])).path == "torch"
     assert float(result.stats["denom_bad_frac"]) == 0.0
 
 

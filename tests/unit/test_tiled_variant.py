@@ -33,7 +33,7 @@ def tensors(layout: TokenLayout = LAYOUT, keys: int | None = None) -> list[torch
 def call(layout: TokenLayout | None = LAYOUT, **given: Any) -> Call:
     place = {
         "layer": LayerId("double", 3), "sigma": 0.5, "step": 9, "mask": None,
-        "wants_log_mass": False,
+        "log_mass_rows": None,
     }  # fmt: skip
     for name in place:
         place[name] = given.pop(name, place[name])
@@ -103,11 +103,12 @@ def test_settings_reach_the_approximation() -> None:
     torch.testing.assert_close(outs[0].double(), exact, rtol=1e-4, atol=1e-5)
 
 
-def test_log_mass_comes_only_where_it_is_wanted() -> None:
+def test_log_mass_comes_only_of_the_rows_that_are_wanted() -> None:
     query, key, value = tensors()
     assert TiledVariant().attend(query, key, value, call()).log_mass is None
-    mass = TiledVariant().attend(query, key, value, call(wants_log_mass=True)).log_mass
-    exact = (query @ key.transpose(-2, -1) * SCALE).logsumexp(dim=-1)
+    rows = torch.tensor([0, 7, 200])
+    mass = TiledVariant().attend(query, key, value, call(log_mass_rows=rows)).log_mass
+    exact = (query[:, :, rows] @ key.transpose(-2, -1) * SCALE).logsumexp(dim=-1)
     assert mass is not None and mass.dtype == torch.float32
     torch.testing.assert_close(mass, exact, rtol=1e-4, atol=1e-4)
 

@@ -17,7 +17,7 @@ from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.paths import TritonSums, pick
 from attnscope.attention.taylor.triton_full import split_count
 from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
-from attnscope.attention.taylor.triton_plan import FullConfig, default_config
+from attnscope.attention.taylor.triton_plan import FullConfig, check_config, default_config
 from attnscope.attention.taylor.triton_stream import StreamConfig
 
 BOUND = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -174,9 +174,9 @@ def test_splits_over_keys_change_only_the_order_of_the_sum(terms, monkeypatch):
 @pytest.mark.parametrize(
     "config",
     [
-        FullConfig(chunk=16, lifts=1, block_t=32, block_m=64),
-        FullConfig(chunk=32, lifts=2, block_t=32, block_m=32),
-        FullConfig(chunk=64, lifts=8, block_t=64, block_m=64),
+        FullConfig(chunk=16, lifts=1, block_t=32, block_m=64, build_warps=2, read_warps=4),
+        FullConfig(chunk=16, lifts=2, block_t=32, block_m=32, build_warps=2, read_warps=2),
+        FullConfig(chunk=16, lifts=2, build_lifts=2, block_t=64, build_warps=4),
     ],
     ids=str,
 )
@@ -192,12 +192,13 @@ def test_memory_of_the_fully_fused_path_covers_what_it_holds():
     config = default_config(32, 32, 4, torch.bfloat16)
     held = triton_full.build(key, value, 4, weights=None, config=config)
     parts = (held.s_1, held.s_2, held.s_top, held.z_2, held.z_3)
-    largest = max(part.numel() for part in parts) * 4
-    results = query.shape[2] * 33 * 4
+    # The last sums are built from their partial ones, fp32, while all others are held.
+    partial = held.s_top.numel() * 4
+    assert partial > query.shape[2] * 33 * 4, "the results come when it has gone"
     estimate = full_memory_bytes(
         1, query.shape[2], key.shape[2], 32, 32, 4, torch.bfloat16, processors=1, config=config
     )
-    assert estimate == sum(part.numel() * 2 for part in parts) + largest + results
+    assert estimate == sum(part.numel() * 2 for part in parts) + partial
 
 
 def test_memory_of_the_streaming_path_does_not_grow_with_the_feature_dimension():
@@ -253,6 +254,76 @@ def test_both_paths_stand_in_for_the_torch_sums(path, weighted):
             query.double(), key.double(), value.double(), 3, weights=weights, constant=constant
         )
         assert_close(found, wanted, torch.float32)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 3), (130, 131)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_four_terms_in_16_bits_at_odd_lengths(queries, keys, weighted):
+    query, key, value = tensors(32, 32, torch.bfloat16, queries=queries, keys=keys)
+    weights = torch.rand(1, 1, keys) + 0.1 if weighted else None
+    found = triton_full.sums(query, key, value, 4, weights=weights)
+    wanted = reference(query, key, value, 4, weights)
+    assert nmse(found[0], wanted[0]) <= 1e-5 and nmse(found[1], wanted[1]) <= 1e-5
+
+
+def test_tile_sizes_that_compile_to_wrong_code_are_refused():
+    query, key, value = tensors(32, 32, torch.bfloat16)
+    config = FullConfig(chunk=64)
+    with pytest.raises(ValueError, match=r"chunk: 64 .* head_dim 32, .* P 4; allowed: up to 32"):
+        triton_full.sums(query, key, value, 4, config=config)
+    triton_full.sums(query, key, value, 3, config=config)
+    with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
+        triton_full.sums(query, key, value, 3, config=FullConfig(lifts=8, build_lifts=4))
+    for head_dim, value_dim in ((8, 16), (32, 32), (64, 128), (64, 20)):
+        config = default_config(head_dim, value_dim, 4, torch.bfloat16)
+        check_config(config, head_dim, value_dim, 4, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "dtype"),
+    [
+        ({}, 0.1, torch.float32),
+        ({"sub_head_blocks": 1}, -0.05, torch.float32),
+        ({"centre_queries": False}, 0.1, torch.float32),
+        ({"centre_keys": False, "centre_values": False}, -0.1, torch.float32),
+        ({"round_denominators": True}, 0.1, torch.float16),
+        ({}, 0.1, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("terms", [2, 3])
+def test_whole_heads_in_few_passes_match_float64(change, scale, dtype, terms):
+    generator = torch.Generator().manual_seed(3)
+    # Means far from 0, tokens before heads in memory, as a projection leaves them.
+    query, key, value = (
+        (torch.randn(2, 67, 2, 32, generator=generator) + 0.5).to(dtype).transpose(1, 2)
+        for _ in range(3)
+    )
+    options = Options(**({"sub_head_blocks": 2, "sub_head_mode": "independent"} | change))
+    _, sums = pick("full", StreamConfig(), options, query, value, terms)
+    assert sums.takes_whole(terms, options)
+    found = taylor_attention(query, key, value, scale, terms, options=options, sums=sums)
+    exact = (x.double() for x in (query, key, value))
+    wanted = taylor_attention(*exact, scale, terms, options=options)
+    bound = 1e-10 if dtype == torch.float32 else 5e-5
+    assert found.out.dtype == dtype and found.out.shape == query.shape
+    assert nmse(found.out, wanted.out) <= bound
+    assert nmse(found.denominator, wanted.denominator) <= bound
+    mean = wanted.out.mean(2, keepdim=True).expand_as(wanted.out)
+    assert nmse(mean, wanted.out) > 10 * bound
+
+
+def test_rounding_of_centred_values_averages_out():
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (
+        torch.randn(1, 1, 400, 32, generator=generator).to(torch.bfloat16) for _ in range(3)
+    )
+    options = Options()
+    _, sums = pick("full", StreamConfig(), options, query, value, 3)
+    found = taylor_attention(query, key, value, 32**-0.5, 3, options=options, sums=sums).out
+    exact = (x.double() for x in (query, key, value))
+    wanted = taylor_attention(*exact, 32**-0.5, 3, options=options).out
+    # The mean's own rounding would make 1e-4, and more with more keys.
+    assert nmse(found, wanted) < 1.5e-5
 
 
 @pytest.mark.parametrize("mode", ["independent", "shared"])

@@ -1,6 +1,7 @@
 import type { MetricInfo } from './api/schema'
 import { CELL_TITLES, Cell, cellKind } from './cells'
 import type { RunColumns } from './columns'
+import { isCoded, metricText } from './metrics'
 import { formatNumber } from './numbers'
 import type { ReasonBook } from './reasons'
 
@@ -11,6 +12,8 @@ export interface CellFacts {
   metric: string
   value: string
   path: string
+  /** What coded metrics say of the cell in words, but for the one that is shown. */
+  notes: string[]
   reasons: { name: string; prose: string; detail: string }[]
 }
 
@@ -19,6 +22,7 @@ export function cellFacts(
   columns: RunColumns,
   book: ReasonBook,
   metric: MetricInfo | null,
+  metrics: readonly MetricInfo[],
   prose: (reason: string) => string,
   layer: string,
   step: number,
@@ -28,15 +32,18 @@ export function cellFacts(
   const rows = book.at(step, layer)
   const path = columns.path(layer, index)
   const kind = cellKind(path, rows)
+  const valueOf = ({ name }: MetricInfo) => columns.value(name, layer, index)
+  const coded = metrics.filter(
+    (item) => isCoded(item) && item.name !== metric?.name && valueOf(item) !== null,
+  )
   return {
     layer,
     step,
     sigma: formatNumber(columns.numbers.get('sigma')?.get(index)),
     metric: metric?.title ?? '',
-    value: metric
-      ? [formatNumber(columns.value(metric.name, layer, index)), metric.unit].join(' ').trim()
-      : '',
+    value: metric ? metricText(metric, valueOf(metric)) : '',
     path: kind === Cell.Ran ? `${path} ran` : CELL_TITLES[kind],
+    notes: coded.map((item) => `${item.title} ${metricText(item, valueOf(item))}`),
     reasons: rows.map((row) => ({
       name: row.reason,
       prose: `${row.kind === 'gate' ? 'Gated' : 'Fell back'}${row.count > 1 ? ` ×${row.count}` : ''}: ${prose(row.reason)}`,

@@ -12,9 +12,10 @@ import {
   type Json,
 } from './figures'
 import { markerLayout } from './markers'
+import { isCoded } from './metrics'
 import { flatScale, metricScale, type Palette } from './palette'
 import type { ReasonBook } from './reasons'
-import { colorRange } from './scale'
+import { codeRange, colorRange } from './scale'
 
 /** The name under which the map shows how each output came about rather than a metric. */
 export const PATH_VIEW = 'path'
@@ -63,7 +64,10 @@ function cells(codes: Uint8Array[], columns: RunColumns, colors: string[]): Json
 /** The metric's cells as the server defines them, with colours that hold still. */
 function numbers(trace: Json, input: HeatmapInput, metric: MetricInfo, palette: Palette): Json {
   const { columns } = input
-  const range = colorRange(columns.metric(metric.name), columns.length, metric.log)
+  const rows = columns.metric(metric.name)
+  const range = isCoded(metric)
+    ? codeRange(metric.names ?? {})
+    : colorRange(rows, columns.length, metric.log)
   return {
     ...trace,
     zmin: range.min,
@@ -154,7 +158,7 @@ export function heatmapFigure(input: HeatmapInput, context: ChartContext): Figur
   }
   const data = [cells(codes, columns, cellColors(palette))]
   if (metric) data.push(...metricTraces(input, metric, palette))
-  const margin = { l: 62, r: metric ? 52 : 8, t: 20, b: 34 }
+  const margin = { l: 62, r: metric ? (isCoded(metric) ? 84 : 52) : 8, t: 20, b: 34 }
   const rows = Math.max(1, columns.layers.length)
   const y = context.y ?? [-0.5, rows - 0.5]
   const markers = markerLayout(

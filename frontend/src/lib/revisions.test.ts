@@ -2,9 +2,9 @@ import { describe, expect, it } from 'vitest'
 
 import { revision } from '../testing/fixtures'
 import {
-  expectedSettings,
   newestOf,
   restored,
+  standingOf,
   stateText,
   undone,
   withRevision,
@@ -34,12 +34,28 @@ it('takes a revision in and never lets it go back', () => {
   expect(withRevision([first, second], rejected)).toEqual([first, rejected])
 })
 
-describe('after a rejected revision', () => {
-  const rejected = revision(2, { state: 'rejected', settings: { P: 7, eps: 1 } })
+describe('what the sampler is expected to run with', () => {
+  const first = revision(0)
+  const standing = (...items: Parameters<typeof standingOf>[0]) => standingOf(items)?.number
 
-  it('expects the settings in force', () => {
-    expect(expectedSettings(rejected, { P: 3, eps: 1 })).toEqual({ P: 3, eps: 1 })
-    expect(expectedSettings(revision(2, { state: 'pending' }), { P: 9 })).toEqual({ P: 3 })
+  it('is the revision under way, else the one applied last', () => {
+    const rejected = revision(2, { state: 'rejected', applied_step: null })
+    expect(standing(first, revision(1), rejected)).toBe(1)
+    expect(standing(first, revision(2, { state: 'delivered', applied_step: null }))).toBe(2)
+    expect(standing(first, revision(1, { state: 'expired', applied_step: null }))).toBe(0)
+    expect(standingOf([])).toBeNull()
+  })
+
+  it('is what was pushed, though something tuned got a higher number meanwhile', () => {
+    const tuned = revision(2, { tuned: true, applied_step: 3 })
+    const pushed = revision(1, { state: 'pending', applied_step: null })
+    expect(standing(first, pushed, tuned)).toBe(1)
+    expect(standing(first, revision(1, { applied_step: 4 }), tuned)).toBe(1)
+    expect(standing(first, revision(1, { state: 'rejected', applied_step: null }), tuned)).toBe(2)
+  })
+
+  it('is what was tuned on top, where both began with one step', () => {
+    expect(standing(first, revision(1, { applied_step: 3 }), revision(2, { applied_step: 3 }))).toBe(2)
   })
 })
 

@@ -41,13 +41,26 @@ export function withRevision(revisions: readonly Revision[], item: Revision): Re
   )
 }
 
+function isOpen(revision: Revision): boolean {
+  return revision.state === 'pending' || revision.state === 'delivered'
+}
+
 /**
- * The settings that the sampler runs with or will run with: those of the newest revision, unless
- * nothing came of it.
+ * The revision that the sampler runs with or will run with, and that the server builds the next
+ * one on: the newest that is still under way, else the one that came into force last. That need
+ * not be the newest of all: what the variant tunes is numbered when it arrives, so that a pushed
+ * revision with a lower number can be taken up after it.
  */
-export function expectedSettings(newest: Revision | null, inForce: Settings): Settings {
-  const dropped = newest?.state === 'rejected' || newest?.state === 'expired'
-  return newest && !dropped ? newest.settings : inForce
+export function standingOf(revisions: readonly Revision[]): Revision | null {
+  const rank = (item: Revision): [number, number] =>
+    isOpen(item) ? [Infinity, item.number] : [item.applied_step ?? -1, item.number]
+  return revisions
+    .filter((item) => isOpen(item) || item.state === 'applied')
+    .reduce<Revision | null>((last, item) => {
+      if (!last) return item
+      const [a, b] = [rank(last), rank(item)]
+      return b[0] > a[0] || (b[0] === a[0] && b[1] > a[1]) ? item : last
+    }, null)
 }
 
 export function newestOf(revisions: readonly Revision[]): Revision | null {
@@ -58,23 +71,23 @@ export function newestOf(revisions: readonly Revision[]): Revision | null {
 }
 
 /** Settings that a revert of a revision asks for: what it changed, as it was before. */
-export function undone(revision: Revision, newest: Settings): Settings {
+export function undone(revision: Revision, expected: Settings): Settings {
   return Object.fromEntries(
     Object.entries(revision.changes)
       .map(([name, [before]]): [string, unknown] => [name, before])
-      .filter(([name, before]) => newest[name] !== before),
+      .filter(([name, before]) => expected[name] !== before),
   )
 }
 
-/** Settings of a revision that the newest one has otherwise, of those that are live. */
+/** Live settings of a revision that are otherwise in what is expected to run. */
 export function restored(
   revision: Revision,
-  newest: Settings,
+  expected: Settings,
   live: (name: string) => boolean,
 ): Settings {
   return Object.fromEntries(
     Object.entries(revision.settings).filter(
-      ([name, value]) => live(name) && newest[name] !== value,
+      ([name, value]) => live(name) && expected[name] !== value,
     ),
   )
 }

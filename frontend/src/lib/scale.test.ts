@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest'
 
 import { Series } from './columns'
-import { colorRange, extent } from './scale'
+import { codeRange, colorRange, extent } from './scale'
 
 function series(...values: (number | null)[]): Series {
   const made = new Series(values.length)
@@ -40,5 +40,15 @@ describe('colorRange', () => {
   it('has a range before the first number', () => {
     expect(colorRange([], 0, false)).toMatchObject({ min: 0, max: 1 })
     expect(colorRange([], 0, true)).toMatchObject({ min: -3, max: 0 })
+  })
+})
+
+it('names the codes of a scale by their first words', () => {
+  const names = { '10': 'streaming (as set)', '0': 'torch (as set)', '2': 'torch (no CUDA)', '20': 'full' }
+  expect(codeRange(names)).toEqual({
+    min: 0,
+    max: 20,
+    ticks: [0, 10, 20],
+    labels: ['torch', 'streaming', 'full'],
   })
 })

@@ -64,3 +64,19 @@ export function colorRange(rows: readonly Series[], length: number, log: boolean
   if (!found) return log ? decades([0.001, 1]) : linear([0, 1])
   return log ? decades(found) : linear(found)
 }
+
+/** The range of a code's values; a tick at the first value of each name's first word. */
+export function codeRange(names: Readonly<Record<string, string>>): ColorRange {
+  const first = new Map<string, number>()
+  const codes = Object.keys(names).map(Number).sort((a, b) => a - b)
+  for (const code of codes) {
+    const word = (names[String(code)] ?? '').split(' ')[0] ?? ''
+    if (!first.has(word)) first.set(word, code)
+  }
+  return {
+    min: codes[0] ?? 0,
+    max: Math.max((codes[0] ?? 0) + 1, codes.at(-1) ?? 0),
+    ticks: [...first.values()],
+    labels: [...first.keys()],
+  }
+}

@@ -19,6 +19,9 @@ describe('the view of a run', () => {
       y: [-0.5, 18.5],
       preview: 7,
       scope: 'later',
+      baseline: '0123456789abcdef0123456789abcdef',
+      compare: 'error',
+      pair: 3,
     }
     expect(readRunView(writeRunView(view))).toEqual(view)
   })
@@ -29,7 +32,7 @@ describe('the view of a run', () => {
   })
 
   it('takes no nonsense', () => {
-    const view = readRunView({ metric: '"><script>', x: '5~1', y: 'a~b', step: '-3', scope: '?' })
+    const view = readRunView({ metric: '"><script>', x: '5~1', y: 'a~b', step: '-3', scope: '?', baseline: '../x', compare: '?', pair: '-1' })
     expect(view).toEqual(DEFAULT_RUN_VIEW)
   })
 })

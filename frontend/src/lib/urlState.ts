@@ -14,7 +14,17 @@ export interface RunView {
   /** Step of the preview; null shows the newest image. */
   preview: number | null
   scope: 'run' | 'later'
+  /** Id of the run to compare with; null takes the one that fits best. */
+  baseline: string | null
+  compare: CompareMode
+  /** Which of a batch's finished images is compared. */
+  pair: number
 }
+
+/** How two images stand beside each other. */
+export type CompareMode = 'wipe' | 'side' | 'error'
+
+export const COMPARE_MODES: CompareMode[] = ['wipe', 'side', 'error']
 
 export const DEFAULT_RUN_VIEW: RunView = {
   metric: 'nmse',
@@ -24,6 +34,9 @@ export const DEFAULT_RUN_VIEW: RunView = {
   y: null,
   preview: null,
   scope: 'run',
+  baseline: null,
+  compare: 'wipe',
+  pair: 0,
 }
 
 export interface RunsView {
@@ -64,6 +77,7 @@ function short(value: number): string {
 
 export function readRunView(query: Query): RunView {
   const metric = one(query, 'metric')
+  const baseline = one(query, 'baseline')
   return {
     metric: metric && /^\w{1,64}$/.test(metric) ? metric : DEFAULT_RUN_VIEW.metric,
     layer: one(query, 'layer'),
@@ -72,6 +86,9 @@ export function readRunView(query: Query): RunView {
     y: range(one(query, 'y')),
     preview: wholeNumber(one(query, 'preview')),
     scope: one(query, 'scope') === 'later' ? 'later' : 'run',
+    baseline: baseline && /^[0-9a-f]{32}$/.test(baseline) ? baseline : null,
+    compare: COMPARE_MODES.find((mode) => mode === one(query, 'compare')) ?? 'wipe',
+    pair: wholeNumber(one(query, 'pair')) ?? 0,
   }
 }
 
@@ -85,6 +102,9 @@ export function writeRunView(view: RunView): Record<string, string> {
   if (view.y) query.y = view.y.map(short).join('~')
   if (view.preview !== null) query.preview = String(view.preview)
   if (view.scope !== 'run') query.scope = view.scope
+  if (view.baseline !== null) query.baseline = view.baseline
+  if (view.compare !== 'wipe') query.compare = view.compare
+  if (view.pair !== 0) query.pair = String(view.pair)
   return query
 }
 

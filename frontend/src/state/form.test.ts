@@ -1,4 +1,4 @@
-import { afterEach, beforeEach, expect, it, vi } from 'vitest'
+import { afterEach, beforeEach, describe, expect, it, vi } from 'vitest'
 import { ref, shallowRef } from 'vue'
 
 import type { Instance, Revision, Run } from '../lib/api/schema'
@@ -26,7 +26,8 @@ function begin() {
   return { form, scope, takeRevision, state }
 }
 
-const next = (parts: Partial<Revision>) => revision(1, { applied_step: null, ...parts })
+const next = (parts: Partial<Revision>) =>
+  revision(1, { state: 'pending', applied_step: null, ...parts })
 
 beforeEach(() => fakeServer({}))
 afterEach(() => vi.unstubAllGlobals())
@@ -56,6 +57,14 @@ it('keeps a half-typed value when a revision comes, and shows what came', () => 
   form.rebase()
   expect(form.conflict.value).toBeNull()
   expect(form.canApply.value).toBe(true)
+})
+
+it('tells all settings as they are typed, and in force where nothing can be read', () => {
+  const { form } = begin()
+  form.type('P', '5')
+  form.type('sigma_max', '0.')
+  form.type('eps', 'none')
+  expect(form.wanted.value).toEqual({ ...SETTINGS, P: 5 })
 })
 
 it('shows who was first when the server knows of a newer revision', async () => {
@@ -125,4 +134,98 @@ it('drops a draft that shows what is in force', () => {
   form.type('P', '3')
   form.settle('P')
   expect(form.draft.value).toEqual({})
+})
+
+describe('while the variant tunes', () => {
+  const pending = () => next({ settings: { ...SETTINGS, P: 4 }, state: 'pending' })
+  const tuned = (number: number) =>
+    revision(number, { settings: { ...SETTINGS, eps: 0.5 }, base: 0, applied_step: 2, tuned: true })
+
+  it('keeps showing what was pushed when something tuned gets a higher number', async () => {
+    const calls = fakeServer({ [PUT]: pending() })
+    const { form, takeRevision } = begin()
+    form.type('P', '4')
+    await form.apply()
+    takeRevision(tuned(2))
+    expect(form.base.value).toMatchObject({ P: 4, eps: SETTINGS.eps })
+    takeRevision({ ...pending(), state: 'applied', applied_step: 3 })
+    expect(form.base.value).toMatchObject({ P: 4, eps: SETTINGS.eps })
+    form.type('enabled', false)
+    await form.apply()
+    expect(calls[1]?.body).toEqual({ base_revision: 2, settings: { enabled: false } })
+  })
+
+  it('falls back to what was tuned when the sampler rejects what was pushed', async () => {
+    fakeServer({ [PUT]: pending() })
+    const { form, takeRevision } = begin()
+    form.type('P', '4')
+    await form.apply()
+    takeRevision(tuned(2))
+    takeRevision({ ...pending(), state: 'rejected' })
+    expect(form.base.value).toMatchObject({ P: 3, eps: 0.5 })
+  })
+
+  it('keeps a draft, and says what was tuned meanwhile', async () => {
+    const calls = fakeServer({ [PUT]: revision(2, { state: 'pending', settings: SETTINGS }) })
+    const { form, takeRevision } = begin()
+    form.type('P', '4')
+    takeRevision(tuned(1))
+    expect(form.draft.value).toEqual({ P: '4' })
+    expect(form.conflict.value?.revision.tuned).toBe(true)
+    expect(form.conflict.value?.changes).toEqual({ eps: [SETTINGS.eps, 0.5] })
+    await form.apply()
+    expect(calls).toEqual([])
+    form.rebase()
+    await form.apply()
+    expect(calls[0]?.body).toEqual({ base_revision: 1, settings: { P: 4 } })
+  })
+
+  it('asks nothing when tuning changed nothing', async () => {
+    const calls = fakeServer({ [PUT]: revision(2, { state: 'pending', settings: SETTINGS }) })
+    const { form, takeRevision } = begin()
+    form.type('P', '4')
+    takeRevision({ ...tuned(1), settings: SETTINGS })
+    expect(form.conflict.value).toBeNull()
+    await form.apply()
+    expect(calls[0]?.body).toEqual({ base_revision: 1, settings: { P: 4 } })
+  })
+
+  it('learns of it from a push that came too late', async () => {
+    const problem = { type: 'stale-revision', title: '', status: 409, detail: 'x', current: tuned(1) }
+    fakeServer({ [PUT]: () => ({ status: 409, body: problem }) })
+    const { form } = begin()
+    form.type('P', '4')
+    await form.apply()
+    expect(form.draft.value).toEqual({ P: '4' })
+    expect(form.problem.value).toBe('')
+    expect(form.conflict.value?.revision.tuned).toBe(true)
+  })
+})
+
+it('keeps what is typed while a push is on its way', async () => {
+  const answer = next({ settings: { ...SETTINGS, P: 4 }, state: 'pending' })
+  let typeMore: (() => void) | null = null
+  const calls = fakeServer({
+    [PUT]: () => {
+      typeMore?.()
+      return { status: 202, body: answer }
+    },
+  })
+  const { form, scope, takeRevision } = begin()
+  typeMore = () => {
+    form.type('eps', '0.25')
+    scope.value = 'later'
+    form.type('quality_seed', '9')
+  }
+  form.type('P', '4')
+  await form.apply()
+  expect(form.draft.value).toEqual({ quality_seed: '9' })
+  scope.value = 'run'
+  expect(form.draft.value).toEqual({ eps: '0.25' })
+  expect(form.conflict.value).toBeNull()
+  takeRevision({ ...answer, state: 'applied', applied_step: 1 })
+  expect(form.conflict.value).toBeNull()
+  typeMore = null
+  await form.apply()
+  expect(calls[1]?.body).toEqual({ base_revision: 1, settings: { eps: 0.25 } })
 })

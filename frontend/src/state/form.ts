@@ -1,8 +1,8 @@
-import { computed, ref, watch, type Ref } from 'vue'
+import { computed, ref, shallowRef, watch, type Ref } from 'vue'
 
 import { ApiError, messageOf, request } from '../lib/api/client'
 import type { Instance, Revision, VariantSchema } from '../lib/api/schema'
-import { expectedSettings, newestOf } from '../lib/revisions'
+import { newestOf, standingOf } from '../lib/revisions'
 import { diff, readDraft, type Changes, type Draft, type Settings } from '../lib/settings'
 import type { RunState } from './run'
 
@@ -21,13 +21,14 @@ export function useSettingsForm(
   const refused = ref<Record<string, string>>({})
   const problem = ref('')
   const busy = ref(false)
-  /** Number of the revision that the draft was begun on. */
-  const begunOn = ref<number | null>(null)
+  /** The newest revision when the draft was begun, and what was expected to run then. */
+  const begunOn = shallowRef<{ number: number; settings: Settings } | null>(null)
 
   const draft = computed(() => drafts.value[scope.value])
   const newest = computed(() => newestOf(state.revisions.value))
   const inForce = computed<Settings>(() => state.run.value?.settings ?? {})
-  const expected = computed(() => expectedSettings(newest.value, inForce.value))
+  const standing = computed(() => standingOf(state.revisions.value))
+  const expected = computed<Settings>(() => standing.value?.settings ?? inForce.value)
   const variant = computed(() => state.run.value?.variant ?? '')
   const later = computed(() => state.instance.value?.settings?.[variant.value] ?? null)
   const base = computed<Settings>(() =>
@@ -40,14 +41,16 @@ export function useSettingsForm(
   )
   const problems = computed(() => ({ ...refused.value, ...read.value.problems }))
   const changed = computed(() => Object.keys(read.value.changed))
-  /** What somebody else changed since the draft was begun; null while nobody did. */
-  const conflict = computed<{ revision: Revision; changes: Changes } | null>(() => {
-    const now = newest.value
-    if (scope.value !== 'run' || begunOn.value === null || busy.value || !now) return null
-    if (now.number <= begunOn.value) return null
-    const before = state.revisions.value.find((item) => item.number === begunOn.value)
-    return { revision: now, changes: before ? diff(before.settings, now.settings) : now.changes }
+  /** All settings as the form shows them; a field that cannot be read keeps its value. */
+  const wanted = computed<Settings>(() => ({ ...base.value, ...read.value.changed }))
+  /** What somebody else, or tuning, changed since the draft was begun; null while nobody did. */
+  const overtaken = computed<{ revision: Revision; changes: Changes } | null>(() => {
+    const [begun, now] = [begunOn.value, standing.value]
+    if (!begun || !now || (newest.value?.number ?? 0) <= begun.number) return null
+    const changes = diff(begun.settings, now.settings)
+    return Object.keys(changes).length > 0 ? { revision: now, changes } : null
   })
+  const conflict = computed(() => (scope.value === 'run' && !busy.value ? overtaken.value : null))
   const canApply = computed(
     () =>
       !busy.value &&
@@ -57,7 +60,7 @@ export function useSettingsForm(
   )
 
   function type(name: string, raw: string | boolean): void {
-    if (scope.value === 'run') begunOn.value ??= newest.value?.number ?? 0
+    if (scope.value === 'run' && begunOn.value === null) rebase()
     draft.value[name] = raw
     delete refused.value[name]
     problem.value = ''
@@ -68,11 +71,22 @@ export function useSettingsForm(
     else delete draft.value[name]
     refused.value = {}
     problem.value = ''
+    forgetBeginning()
+  }
+
+  function forgetBeginning(): void {
     if (Object.keys(drafts.value.run).length === 0) begunOn.value = null
   }
 
+  /** Drop what has been sent. What was typed while it was on its way stays. */
+  function takeBackSent(from: Scope, sent: Draft): void {
+    const left = Object.entries(drafts.value[from]).filter(([name, raw]) => raw !== sent[name])
+    drafts.value[from] = Object.fromEntries(left)
+    forgetBeginning()
+  }
+
   function rebase(): void {
-    begunOn.value = newest.value?.number ?? null
+    begunOn.value = { number: newest.value?.number ?? 0, settings: expected.value }
     problem.value = ''
   }
 
@@ -87,7 +101,7 @@ export function useSettingsForm(
     const { current, errors } = error.problem
     if (current) {
       state.takeRevision(current)
-      if (begunOn.value !== null) problem.value = ''
+      if (overtaken.value) problem.value = ''
     }
     const known = new Set(schema.value?.fields.map((field) => field.name))
     for (const item of errors ?? []) {
@@ -111,13 +125,14 @@ export function useSettingsForm(
     }
   }
 
-  async function push(settings: Settings, baseRevision: number): Promise<void> {
+  async function push(settings: Settings, baseRevision: number): Promise<Revision> {
     const id = state.run.value?.run_id ?? ''
     const revision = await request<Revision>(`/runs/${id}/settings`, {
       method: 'PUT',
       body: { base_revision: baseRevision, settings },
     })
     state.takeRevision(revision)
+    return revision
   }
 
   async function putLater(settings: Settings | null): Promise<void> {
@@ -129,22 +144,26 @@ export function useSettingsForm(
     state.takeInstance(await request<Instance>(`/instances/${id}`))
   }
 
-  const apply = () =>
-    attempt(async () => {
-      if (scope.value === 'run') {
-        await push(read.value.changed, begunOn.value ?? newest.value?.number ?? 0)
+  async function apply(): Promise<void> {
+    if (conflict.value) return
+    const [from, sent, changes] = [scope.value, { ...draft.value }, read.value.changed]
+    await attempt(async () => {
+      if (from === 'run') {
+        const { number, settings } = await push(changes, newest.value?.number ?? 0)
+        if (begunOn.value) begunOn.value = { number, settings }
       } else {
-        await putLater({ ...later.value, ...read.value.changed })
+        await putLater({ ...later.value, ...changes })
       }
-      takeBack()
+      takeBackSent(from, sent)
     })
+  }
 
   /** Settings from elsewhere than the form: a revert. What is typed in the form stays. */
   const send = (settings: Settings) =>
     attempt(async () => {
       const number = newest.value?.number ?? 0
       await push(settings, number)
-      if (begunOn.value === number) rebase()
+      if (begunOn.value?.number === number) rebase()
     })
 
   const takeBackLater = () => attempt(() => putLater(null))
@@ -161,6 +180,7 @@ export function useSettingsForm(
     expected,
     later,
     changed,
+    wanted,
     problems,
     problem,
     busy,

@@ -1,4 +1,16 @@
-import type { Columns, Revision, Run, Step, StepDelta, VariantSchema } from '../lib/api/schema'
+import type {
+  Baseline,
+  Columns,
+  ComparedRun,
+  Comparison,
+  Image,
+  ImagePair,
+  Revision,
+  Run,
+  Step,
+  StepDelta,
+  VariantSchema,
+} from '../lib/api/schema'
 import type { WireNumber } from '../lib/numbers'
 
 export const RUN_ID = '0123456789abcdef0123456789abcdef'
@@ -151,6 +163,7 @@ export function variant(): VariantSchema {
     title: 'Taylor',
     help: '',
     json_schema: {},
+    schedules: [],
     fields: [
       { ...base, name: 'enabled', title: 'enabled', type: 'boolean', default: true, group: 'gate' },
       {
@@ -210,5 +223,79 @@ export function variant(): VariantSchema {
         maximum: 2147483647,
       },
     ],
+  }
+}
+
+export function final(digit: string): Image {
+  return {
+    sha256: digit.repeat(64),
+    kind: 'final',
+    step: null,
+    media_type: 'image/png',
+    width: 512,
+    height: 512,
+    bytes: 1000,
+    at: 2000,
+  }
+}
+
+export function comparedRun(parts: Partial<ComparedRun> = {}): ComparedRun {
+  return {
+    run_id: RUN_ID,
+    label: '',
+    variant: 'exact',
+    status: 'completed',
+    started_at: 900,
+    device: 'cpu',
+    model: { name: 'Flux', parameters: null, layers: [] },
+    attn_ms: 5,
+    duration_ms: 100,
+    finals: [final('2')],
+    ...parts,
+  }
+}
+
+export function baselineAnswer(runs: ComparedRun[]): Baseline {
+  const match = { comparable: true, differs: [], unknown: [] }
+  return {
+    run_id: RUN_ID,
+    candidates: runs.map((item) => ({ run: item, match })),
+    recommended: runs[0]?.run_id ?? null,
+    reason: runs.length > 0 ? null : 'none_exact',
+    detail: '',
+    nearest: null,
+  }
+}
+
+export function imagePair(parts: Partial<ImagePair> = {}): ImagePair {
+  return {
+    index: 0,
+    width: 512,
+    height: 512,
+    run: final('1'),
+    baseline: final('2'),
+    run_url: '',
+    baseline_url: '',
+    lossless: true,
+    identical: false,
+    psnr: 31.5,
+    ssim: 0.98,
+    mae: 2.5,
+    max_error: 40,
+    error_map: { url: '', scale: 32, scales: [32], colors: ['#000000', '#ffffff'] },
+    ...parts,
+  }
+}
+
+export function comparison(baseline: string): Comparison {
+  return {
+    run: comparedRun({ variant: 'taylor' }),
+    baseline: comparedRun({ run_id: baseline }),
+    match: { comparable: true, differs: [], unknown: [] },
+    images: [imagePair()],
+    unpaired: 0,
+    attn_ms: { run: 5, baseline: 10, ratio: 0.5 },
+    duration_ms: { run: 100, baseline: 200, ratio: 0.5 },
+    same_device: true,
   }
 }

@@ -420,6 +420,86 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/runs/{run_id}/schedules": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Draw Schedules
+         * @description What settings would let follow sigma over this run's steps. Nothing is changed.
+         */
+        post: operations["draw_schedules_api_v1_runs__run_id__schedules_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/runs/{run_id}/baseline": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Find Baseline
+         * @description Completed exact runs that differ from this run in their attention alone.
+         */
+        get: operations["find_baseline_api_v1_runs__run_id__baseline_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/runs/{run_id}/comparison": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Compare Runs
+         * @description This run against another one: finished images in pairs, and times.
+         */
+        get: operations["compare_runs_api_v1_runs__run_id__comparison_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/images/{sha256}/error-map": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Error Map
+         * @description Where two images differ, as PNG. It never changes, so it may be kept for ever.
+         */
+        get: operations["error_map_api_v1_images__sha256__error_map_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/changes": {
         parameters: {
             query?: never;
@@ -484,6 +564,41 @@ export interface paths {
 export type webhooks = Record<string, never>;
 export interface components {
     schemas: {
+        /**
+         * Baseline
+         * @description Exact runs that a run can be compared with.
+         */
+        Baseline: {
+            /** Run Id */
+            run_id: string;
+            /**
+             * Candidates
+             * @description comparable ones: those known to be of the same prompt first, then newest
+             */
+            candidates: components["schemas"]["BaselineCandidate"][];
+            /**
+             * Recommended
+             * @description id of the first candidate with a finished image, else of the first
+             */
+            recommended: string | null;
+            /**
+             * Reason
+             * @description why there is no candidate
+             */
+            reason: ("none_exact" | "none_comparable" | "conditions_unknown") | null;
+            /**
+             * Detail
+             * @description the reason in words, with what to do; empty without one
+             */
+            detail: string;
+            /** @description where none is comparable: the exact run with the fewest differences */
+            nearest: components["schemas"]["BaselineCandidate"] | null;
+        };
+        /** BaselineCandidate */
+        BaselineCandidate: {
+            run: components["schemas"]["ComparedRun"];
+            match: components["schemas"]["Match"];
+        };
         /**
          * Batch
          * @description What one request of the plugin carries. It is stored whole or not at all.
@@ -569,6 +684,108 @@ export interface components {
             };
         };
         /**
+         * ComparedRun
+         * @description A run as a comparison shows it.
+         */
+        ComparedRun: {
+            /** Run Id */
+            run_id: string;
+            /** Label */
+            label: string;
+            /** Variant */
+            variant: string;
+            status: components["schemas"]["RunStatus"];
+            /** Started At */
+            started_at: number;
+            /**
+             * Device
+             * @description that it was sampled on; empty where it isn't known
+             */
+            device: string;
+            model: components["schemas"]["ModelInfo"];
+            /**
+             * Attn Ms
+             * @description time in attention, summed over the run
+             */
+            attn_ms: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Duration Ms
+             * @description of the sampler; null while it runs
+             */
+            duration_ms: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Finals
+             * @description finished images, in the order of the batch
+             */
+            finals: components["schemas"]["Image"][];
+        };
+        /**
+         * Comparison
+         * @description A run against another one.
+         */
+        Comparison: {
+            run: components["schemas"]["ComparedRun"];
+            baseline: components["schemas"]["ComparedRun"];
+            match: components["schemas"]["Match"];
+            /** Images */
+            images: components["schemas"]["ImagePair"][];
+            /**
+             * Unpaired
+             * @description images of either run that the other has no partner for
+             */
+            unpaired: number;
+            attn_ms: components["schemas"]["Ratio"];
+            duration_ms: components["schemas"]["Ratio"];
+            /**
+             * Same Device
+             * @description whether the times may be compared at all
+             */
+            same_device: boolean;
+        };
+        /**
+         * ConditionDifference
+         * @description A condition in which two runs differ.
+         */
+        ConditionDifference: {
+            /**
+             * Name
+             * @example seed
+             */
+            name: string;
+            /** Title */
+            title: string;
+            /**
+             * Run
+             * @description the run's value, shortened
+             */
+            run: string;
+            /** Baseline */
+            baseline: string;
+        };
+        /**
+         * ErrorMap
+         * @description Where two images differ. A pixel's value is the largest error of its channels.
+         */
+        ErrorMap: {
+            /**
+             * Url
+             * @description PNG; the query's scale may be another one of scales
+             */
+            url: string;
+            /**
+             * Scale
+             * @description error, of 255, that the last colour stands for
+             */
+            scale: number;
+            /** Scales */
+            scales: number[];
+            /**
+             * Colors
+             * @description from no error to the scale's end, evenly spaced
+             */
+            colors: string[];
+        };
+        /**
          * EventsLost
          * @description Events that the plugin had to drop because its spool was full.
          */
@@ -651,6 +868,58 @@ export interface components {
             bytes: number;
             /** At */
             at: number;
+        };
+        /**
+         * ImagePair
+         * @description Two finished images beside each other.
+         */
+        ImagePair: {
+            /**
+             * Index
+             * @description place in the batch
+             */
+            index: number;
+            /** Width */
+            width: number;
+            /** Height */
+            height: number;
+            run: components["schemas"]["Image"];
+            baseline: components["schemas"]["Image"];
+            /** Run Url */
+            run_url: string;
+            /** Baseline Url */
+            baseline_url: string;
+            /**
+             * Lossless
+             * @description whether both are stored as they came; false: the figures include the losses of JPEG
+             */
+            lossless: boolean;
+            /**
+             * Identical
+             * @description no pixel differs
+             */
+            identical: boolean;
+            /**
+             * Psnr
+             * @description dB; Infinity for identical images
+             */
+            psnr: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Ssim
+             * @description mean; null where a side is below 11 pixels
+             */
+            ssim: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Mae
+             * @description mean absolute error, of 255
+             */
+            mae: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Max Error
+             * @description of 255
+             */
+            max_error: number;
+            error_map: components["schemas"]["ErrorMap"];
         };
         /**
          * ImageTaken
@@ -977,6 +1246,21 @@ export interface components {
             items: components["schemas"]["LayerStep"][];
         };
         MailboxMessage: components["schemas"]["RevisionPushed"] | components["schemas"]["InstanceSettings"] | components["schemas"]["InterruptRequested"];
+        /**
+         * Match
+         * @description Whether two runs differ in their attention alone.
+         */
+        Match: {
+            /** Comparable */
+            comparable: boolean;
+            /** Differs */
+            differs: components["schemas"]["ConditionDifference"][];
+            /**
+             * Unknown
+             * @description conditions that one of the runs doesn't tell, so that nothing was compared
+             */
+            unknown: string[];
+        };
         /** MetricInfo */
         MetricInfo: {
             /** Name */
@@ -994,6 +1278,13 @@ export interface components {
             direction: "lower" | "higher" | "neutral";
             /** Log */
             log: boolean;
+            /**
+             * Names
+             * @description what each value stands for, where the metric is a code; empty for numbers
+             */
+            names?: {
+                [key: string]: string;
+            };
         };
         /** MetricInfos */
         MetricInfos: {
@@ -1053,6 +1344,21 @@ export interface components {
              * @default null
              */
             current: components["schemas"]["Revision"] | null;
+        };
+        /**
+         * Ratio
+         * @description A time of a run beside its baseline's.
+         */
+        Ratio: {
+            /** Run */
+            run: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /** Baseline */
+            baseline: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            /**
+             * Ratio
+             * @description run over baseline: below 1 is faster
+             */
+            ratio: number | ("NaN" | "Infinity" | "-Infinity") | null;
         };
         /**
          * ReasonCount
@@ -1489,6 +1795,56 @@ export interface components {
             node_id?: string | null;
             /** List Index */
             list_index?: number | null;
+            /**
+             * Recipe
+             * @description hash of all that the sampler's inputs come from, without nodes of ours: runs that differ in their attention alone have the same; null where it isn't known
+             */
+            recipe?: string | null;
+        };
+        /**
+         * ScheduleFigures
+         * @description A plotly figure for each schedule, over the run's steps.
+         */
+        ScheduleFigures: {
+            /**
+             * Tokens
+             * @description in the sequence; what a window over everything stands for
+             */
+            tokens: number;
+            /**
+             * Figures
+             * @description by the schedule's name
+             */
+            figures: {
+                [key: string]: {
+                    [key: string]: unknown;
+                };
+            };
+        };
+        /**
+         * ScheduleInfo
+         * @description Something that a variant lets follow sigma.
+         */
+        ScheduleInfo: {
+            /** Name */
+            name: string;
+            /** Title */
+            title: string;
+            /** Unit */
+            unit: string;
+        };
+        /**
+         * SchedulesRequest
+         * @description Settings whose schedules are to be drawn. Nothing is changed.
+         */
+        SchedulesRequest: {
+            /**
+             * Settings
+             * @description settings that differ from those in force; the others keep their value
+             */
+            settings: {
+                [key: string]: unknown;
+            };
         };
         /** SessionRequest */
         SessionRequest: {
@@ -1735,6 +2091,11 @@ export interface components {
             help: string;
             /** Fields */
             fields: components["schemas"]["SettingField"][];
+            /**
+             * Schedules
+             * @description what its settings let follow sigma
+             */
+            schedules: components["schemas"]["ScheduleInfo"][];
             /** Json Schema */
             json_schema: {
                 [key: string]: unknown;
@@ -1757,14 +2118,21 @@ export interface components {
     headers: never;
     pathItems: never;
 }
+export type Baseline = components['schemas']['Baseline'];
+export type BaselineCandidate = components['schemas']['BaselineCandidate'];
 export type Batch = components['schemas']['Batch'];
 export type Change = components['schemas']['Change'];
 export type Changes = components['schemas']['Changes'];
 export type Columns = components['schemas']['Columns'];
+export type ComparedRun = components['schemas']['ComparedRun'];
+export type Comparison = components['schemas']['Comparison'];
+export type ConditionDifference = components['schemas']['ConditionDifference'];
+export type ErrorMap = components['schemas']['ErrorMap'];
 export type EventsLost = components['schemas']['EventsLost'];
 export type FieldProblem = components['schemas']['FieldProblem'];
 export type Health = components['schemas']['Health'];
 export type Image = components['schemas']['Image'];
+export type ImagePair = components['schemas']['ImagePair'];
 export type ImageTaken = components['schemas']['ImageTaken'];
 export type Images = components['schemas']['Images'];
 export type IngestAnswer = components['schemas']['IngestAnswer'];
@@ -1779,10 +2147,12 @@ export type LayerColumns = components['schemas']['LayerColumns'];
 export type LayerStep = components['schemas']['LayerStep'];
 export type LayerSteps = components['schemas']['LayerSteps'];
 export type MailboxMessage = components['schemas']['MailboxMessage'];
+export type Match = components['schemas']['Match'];
 export type MetricInfo = components['schemas']['MetricInfo'];
 export type MetricInfos = components['schemas']['MetricInfos'];
 export type ModelInfo = components['schemas']['ModelInfo'];
 export type Problem = components['schemas']['Problem'];
+export type Ratio = components['schemas']['Ratio'];
 export type ReasonCount = components['schemas']['ReasonCount'];
 export type ReasonRow = components['schemas']['ReasonRow'];
 export type Reasons = components['schemas']['Reasons'];
@@ -1799,6 +2169,9 @@ export type RunStarted = components['schemas']['RunStarted'];
 export type RunStatus = components['schemas']['RunStatus'];
 export type Runs = components['schemas']['Runs'];
 export type SamplingInfo = components['schemas']['SamplingInfo'];
+export type ScheduleFigures = components['schemas']['ScheduleFigures'];
+export type ScheduleInfo = components['schemas']['ScheduleInfo'];
+export type SchedulesRequest = components['schemas']['SchedulesRequest'];
 export type SessionRequest = components['schemas']['SessionRequest'];
 export type SessionState = components['schemas']['SessionState'];
 export type SettingField = components['schemas']['SettingField'];
@@ -2583,6 +2956,145 @@ export interface operations {
                     "application/json": {
                         [key: string]: unknown;
                     };
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    draw_schedules_api_v1_runs__run_id__schedules_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["SchedulesRequest"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ScheduleFigures"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    find_baseline_api_v1_runs__run_id__baseline_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Baseline"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    compare_runs_api_v1_runs__run_id__comparison_get: {
+        parameters: {
+            query: {
+                /** @description id of a run */
+                with: string;
+            };
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Comparison"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    error_map_api_v1_images__sha256__error_map_get: {
+        parameters: {
+            query: {
+                /** @description hash of an image */
+                with: string;
+                /** @description error, of 255, of the last colour */
+                scale?: number;
+            };
+            header?: never;
+            path: {
+                sha256: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description the map */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "image/png": unknown;
                 };
             };
             /** @description problem details (RFC 9457) */

@@ -1,0 +1,276 @@
+"""Settings of the local/global hybrid."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ValidationInfo, field_validator
+
+from .base import Group, Measured, setting
+
+_WINDOW = "0 means all tokens."
+
+
+class HybridSettings(Measured):
+    """Hybrid attention: exact in a window and to the text, a low-dimensional Taylor series for
+    everything else."""
+
+    enabled: bool = setting(True, Group.GATE, "Off runs exact attention everywhere.")
+    min_tokens: int = setting(
+        1024,
+        Group.GATE,
+        "Calls with fewer tokens run exact attention.",
+        unit="tokens",
+        ge=0,
+        le=1_000_000,
+        step=1,
+    )
+    sigma_max: float = setting(
+        0.0,
+        Group.GATE,
+        "Run only at steps whose sigma is at most this. 0 sets no limit.",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    layer_start: int = setting(
+        -1,
+        Group.GATE,
+        "First block index at which to run, counted within its block type. -1 sets no limit.",
+        unit="block",
+        ge=-1,
+        le=999,
+    )
+    layer_end: int = setting(
+        -1,
+        Group.GATE,
+        "Last block index at which to run, inclusive. -1 sets no limit.",
+        unit="block",
+        ge=-1,
+        le=999,
+    )
+    block_type: Literal["all", "double", "single"] = setting(
+        "all", Group.GATE, "Kind of block in which to run."
+    )
+
+    local_window: int = setting(
+        512,
+        Group.LOCAL,
+        "Image tokens before and after a block of queries that are attended to exactly, in raster "
+        "order. " + _WINDOW + " In force while the window has no schedule.",
+        unit="tokens",
+        ge=0,
+        le=1_000_000,
+        step=1,
+    )
+    local_window_min: int = setting(
+        512,
+        Group.LOCAL,
+        "Window at and below the low sigma of its schedule. " + _WINDOW,
+        unit="tokens",
+        ge=0,
+        le=1_000_000,
+        step=1,
+    )
+    local_window_max: int = setting(
+        0,
+        Group.LOCAL,
+        "Window at and above the high sigma of its schedule. " + _WINDOW,
+        unit="tokens",
+        ge=0,
+        le=1_000_000,
+        step=1,
+    )
+    local_window_sigma_low: float = setting(
+        0.0,
+        Group.LOCAL,
+        "Sigma at and below which the window is at its least.",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    local_window_sigma_high: float = setting(
+        0.0,
+        Group.LOCAL,
+        "Sigma at and above which the window is at its greatest; a smoothstep lies between. At or "
+        "below the low sigma there is no schedule, and local window holds.",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    prefix_tokens: int = setting(
+        -1,
+        Group.LOCAL,
+        "Tokens at the beginning that every query attends to exactly and that attend to "
+        "everything exactly: the text. -1 takes what the model's inputs say; where they say "
+        "nothing, the call runs exact.",
+        unit="tokens",
+        ge=-1,
+        le=1_000_000,
+        step=1,
+    )
+    local_chunk: int = setting(
+        256,
+        Group.MEMORY,
+        "Queries of a block, which share one window. More run faster and see a little more.",
+        unit="tokens",
+        ge=1,
+        le=65_536,
+        advanced=True,
+    )
+
+    combine: Literal["joint", "additive"] = setting(
+        "joint",
+        Group.GLOBAL,
+        "joint: one sum over what is exact and what is far, divided once, so that nothing counts "
+        "twice. additive: two attentions, each divided by itself, local + weight · global over "
+        "all tokens. The weights then sum to more than 1; it is there to compare with.",
+    )
+    global_weight: float = setting(
+        1.0,
+        Group.GLOBAL,
+        "joint: factor on the mass of the far tokens, 1 for what the series says. additive: "
+        "factor on the global output, where 0.1 was common. 0 leaves the global part out.",
+        ge=0.0,
+        le=4.0,
+        step=0.01,
+    )
+    global_sigma_low: float = setting(
+        0.0,
+        Group.GLOBAL,
+        "Sigma at and below which the global weight is full.",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    global_sigma_high: float = setting(
+        0.0,
+        Group.GLOBAL,
+        "Sigma at and above which the global weight is 0, falling evenly from the low sigma on. "
+        "At or below the low sigma the weight is full everywhere.",
+        unit="sigma",
+        ge=0.0,
+        le=1000.0,
+        step=0.01,
+    )
+    global_dim: int = setting(
+        16,
+        Group.GLOBAL,
+        "Coordinates that query and key of each head keep for the series.",
+        unit="coordinates",
+        ge=1,
+        le=128,
+    )
+    global_P: int = setting(
+        3,
+        Group.GLOBAL,
+        "Number of Taylor terms; the degree is P - 1. Odd P (even degree) keeps every weight "
+        "positive; even P can turn denominators negative.",
+        title="global P (terms)",
+        unit="terms",
+        ge=1,
+        le=7,
+    )
+    global_scale_mul: float = setting(
+        1.0,
+        Group.GLOBAL,
+        "Factor on q·k of the global part.",
+        ge=0.01,
+        le=4.0,
+        step=0.01,
+    )
+    global_centre: bool = setting(
+        True,
+        Group.GLOBAL,
+        "Keep exactly, after rotary embedding and in all coordinates, what belongs to the mean "
+        "query and the mean key. The series carries the rest. Off, far tokens weigh too much.",
+        advanced=True,
+    )
+    use_pca: bool = setting(
+        True,
+        Group.GLOBAL,
+        "Choose the coordinates for the least expected error of q·k, per layer and head, at the "
+        "layer's first call of the run. Off keeps the head's first ones, which is what few tokens "
+        "also get.",
+        title="use PCA",
+    )
+    pca_samples: int = setting(
+        2048,
+        Group.GLOBAL,
+        "Queries and keys of each picture that the coordinates are chosen by.",
+        title="PCA samples",
+        unit="tokens",
+        ge=1,
+        le=2048,
+        advanced=True,
+    )
+
+    force_fp32: bool = setting(
+        True,
+        Group.STABILITY,
+        "Compute the global part's features and products in float32. Off computes them in the "
+        "dtype of the query. Sums over tokens are kept in float32 either way.",
+        title="global part in float32",
+        advanced=True,
+    )
+    eps: float = setting(
+        1e-6,
+        Group.STABILITY,
+        "A global denominator at or below eps times the sum of its key weights counts as bad.",
+        gt=0.0,
+        le=1.0,
+        step=1e-6,
+        advanced=True,
+    )
+    fallback_on_negative: bool = setting(
+        True,
+        Group.STABILITY,
+        "Run exact attention for a call whose share of bad denominators exceeds the limit. Only "
+        "an even P can have any, and only there the call waits for the device. Off leaves the far "
+        "tokens of such queries out.",
+    )
+    denom_fallback_frac_limit: float = setting(
+        0.0,
+        Group.STABILITY,
+        "Share of bad denominators that is still tolerated before a call falls back.",
+        unit="share",
+        ge=0.0,
+        le=1.0,
+        step=0.001,
+    )
+    max_feature_dim_R: int = setting(
+        50_000,
+        Group.MEMORY,
+        "Calls whose feature dimension R = C(r + P - 1, P - 1), r the global coordinates, is "
+        "larger run exact.",
+        title="max feature dim R",
+        unit="features",
+        ge=1,
+        le=1_000_000_000,
+        advanced=True,
+    )
+
+    log_quality_stats: bool = setting(
+        True,
+        Group.QUALITY,
+        "When a run ends, log its quality and append it, with the settings, to "
+        "hybrid-attention-results.jsonl in ComfyUI's output folder.",
+        live=False,
+    )
+
+    @field_validator("local_window_max")
+    @classmethod
+    def _not_below_least(cls, value: int, info: ValidationInfo) -> int:
+        least = info.data.get("local_window_min", value)
+        # 0 is all tokens, which is the most.
+        if value != 0 and (least == 0 or value < least):
+            words = "all tokens" if least == 0 else str(least)
+            raise ValueError(
+                f"local_window_max: is {value}; allowed: 0 for all tokens, or local_window_min "
+                f"or more, which is {words}"
+            )
+        return value
