@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from attnscope.attention.settings import TiledSettings
 from attnscope.attention.tiled.attend import Attended, Options, tiled_attention
 from attnscope.attention.tiled.dispatch import choose_for
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_job import head_runs, make_job
 from attnscope.attention.tiled.triton_plan import Config
 from attnscope.attention.tiled.triton_pool import pool_tiles
+from attnscope.attention.tiled.variant import TiledVariant
 from attnscope.attention.token_layout import TokenLayout
+from attnscope.attention.variant import Call
 
 BOUND = {torch.float32: 1e-11, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 ONE, TWO = Config(), Config(together=2, warps=8)
@@ -191,3 +194,21 @@ def test_wide_heads_are_refused_and_the_interpreter_counts_as_a_device() -> None
         tiled_attention_triton(query, key, value, 0.1, PLAIN, Options())
     given = tensors(TokenLayout(20, ((32, 32),)), dtype=torch.bfloat16)
     assert choose_for("auto", given[0], given[2], 0.1).path == "triton"
+
+
+def test_the_variant_takes_the_path_that_is_asked_for() -> None:
+    given = tensors(PLAIN, heads=2)
+    rows = torch.tensor([3, 20, 787])
+    results = []
+    for path in ("torch", "triton"):
+        settings = TiledSettings(min_tokens=0, window_radius=0, tiled_path=path)
+        call = Call(
+            settings, layer=None, sigma=0.5, step=9, scale=0.2, layout=PLAIN, log_mass_rows=rows
+        )
+        results.append(TiledVariant().attend(*given, call))
+    by_torch, by_triton = results
+    assert by_torch.out is not None and by_triton.out is not None
+    assert not torch.equal(by_triton.out, by_torch.out)
+    assert nmse(by_triton.out, by_torch.out.double()) <= BOUND[torch.float32]
+    assert by_triton.log_mass is not None and by_triton.log_mass.shape == (1, 2, 3)
+    torch.testing.assert_close(by_triton.log_mass, by_torch.log_mass, rtol=1e-5, atol=1e-5)
