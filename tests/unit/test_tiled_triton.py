@@ -30,6 +30,7 @@ def test_kernels_in_the_interpreter() -> None:
 def choice(setting: Any = "auto", **changes: Any) -> Choice:
     given = {
         "device_type": "cuda",
+        "capability": (9, 0),
         "dtype": torch.bfloat16,
         "head_dim": 128,
         "value_dim": 128,
@@ -52,6 +53,8 @@ def choice(setting: Any = "auto", **changes: Any) -> Choice:
         ("auto", {"head_dim": 160}, "torch", "head_dim 160"),
         ("triton", {"value_dim": 256}, "torch", "value width 256"),
         ("triton", {"scale": 0.0}, "torch", "scale 0.0"),
+        ("triton", {"capability": (7, 5)}, "torch", "compute capability (7, 5)"),
+        ("auto", {"capability": (8, 6)}, "triton", ""),
         ("torch", {}, "torch", ""),
     ],
 )
