@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
@@ -14,9 +13,10 @@ from ..reservation import Reservation
 from ..settings import TiledSettings, VariantSettings
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
-from .attend import Options, picked_tiles, tiled_attention, window_tiles
-from .memory import working_bytes
-from .tiles import SIDE, SLOTS, tile_count
+from . import dispatch
+from .attend import Options, picked_tiles, window_tiles
+from .far import tiles_sharing
+from .tiles import SLOTS, tile_count
 
 
 def options_of(settings: TiledSettings) -> Options:
@@ -77,11 +77,13 @@ class TiledVariant(Variant):
         if not layout.grids:
             return Result(None, Fallback.LAYOUT, "there are no image tokens", stats)
         options = options_of(settings)
-        self._make_room(query, value, layout, options, settings)
+        choice = dispatch.choose_for(settings.tiled_path, query, value, call.scale)
+        self._make_room(choice, query, value, layout, options, settings)
         rows = call.log_mass_rows
-        attended = tiled_attention(
-            query, key, value, call.scale, layout, options, wants_log_mass=rows is not None
-        )
+        attended = dispatch.attend(
+            choice, query, key, value, call.scale, layout, options,
+            wants_log_mass=rows is not None,
+        )  # fmt: skip
         mass = attended.log_mass
         if mass is not None and rows is not None:
             mass = mass.index_select(2, rows)
@@ -89,6 +91,7 @@ class TiledVariant(Variant):
 
     def _make_room(
         self,
+        choice: dispatch.Choice,
         query: torch.Tensor,
         value: torch.Tensor,
         layout: TokenLayout,
@@ -97,15 +100,11 @@ class TiledVariant(Variant):
     ) -> None:
         if not settings.memory_reserve:
             return
-        batch, heads, _, head_dim = query.shape
-        value_dim = value.shape[3]
         self._reservation.ask(
-            (tuple(query.shape), value_dim, query.dtype, layout, options),
+            (tuple(query.shape), value.shape[3], query.dtype, layout, options, choice.path),
             lambda: (
                 settings.memory_reserve_factor
-                * working_bytes(
-                    batch, heads, head_dim, value_dim, query.dtype, layout, options, query.device
-                )
+                * dispatch.working_bytes(choice, query, value, layout, options)
             ),
             query.device,
         )
@@ -138,6 +137,6 @@ class TiledVariant(Variant):
         products = 4.0 * pairs * width
         if options.first_order:
             # H of each tile, their sums for tiles that share them, and each query with its sum.
-            shared = math.gcd(4, *(-(-columns // SIDE) for _, columns in layout.grids))
+            shared = tiles_sharing(layout)
             products += (4.0 * image + 2.0 * tiles**2 / shared) * width**2
         return batch * heads * products

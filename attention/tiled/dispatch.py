@@ -1,0 +1,133 @@
+"""Which implementation of tiled attention runs: plain torch or Triton kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..taylor.triton_support import unavailable
+from ..token_layout import TokenLayout
+from . import memory, triton_plan
+from .attend import Attended, Options, tiled_attention
+from .triton_attend import tiled_attention_triton
+
+Path = Literal["torch", "triton"]
+PathSetting = Literal["auto", "torch", "triton"]
+
+MIN_TOKENS = 1024
+"""Fewer tokens than this run in torch under ``auto``: the kernels' launches would cost more."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which the kernels run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The path to take.
+
+    Attributes:
+        path: what runs.
+        reason: why not what was asked for, or why ``auto`` took torch; empty where it is what
+            was asked for, or the best there is.
+    """
+
+    path: Path
+    reason: str = ""
+
+
+def choose(
+    setting: PathSetting,
+    *,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    tokens: int,
+    scale: float,
+) -> Choice:
+    """Choose the path for one call, from shapes and device alone.
+
+    Args:
+        setting: what is asked for.
+        device_type: of the tensors.
+        capability: compute capability of a CUDA device; None for another.
+        dtype: of query, key and value.
+        head_dim: D.
+        value_dim: Dv.
+        tokens: N.
+        scale: factor on q·k.
+
+    Raises:
+        ValueError: the setting is unknown.
+    """
+    if setting not in ("auto", "torch", "triton"):
+        raise ValueError(f"tiled_path: unknown value {setting!r}; allowed: auto, torch, triton")
+    if setting == "torch":
+        return Choice("torch")
+    reason = unavailable(device_type)
+    reason = reason or triton_plan.refusal(dtype, head_dim, value_dim, scale)
+    if not reason and capability is not None and capability < LEAST_CAPABILITY:
+        # Older ones lack bf16 and the shared memory that the kernels take.
+        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+    if not reason and setting == "auto":
+        if dtype == torch.float32:
+            # Three products of tf32 each spill registers; nobody has found them faster.
+            reason = "float32 runs in torch unless Triton is asked for"
+        elif tokens < MIN_TOKENS:
+            reason = f"{tokens} tokens are fewer than {MIN_TOKENS}"
+    return Choice("torch", reason) if reason else Choice("triton")
+
+
+def choose_for(
+    setting: PathSetting, query: torch.Tensor, value: torch.Tensor, scale: float
+) -> Choice:
+    """`choose` for a call's tensors, ``[B, H, N, D]`` and ``[B, H, N, Dv]``."""
+    capability = None
+    if query.device.type == "cuda" and torch.version.cuda is not None:
+        capability = torch.cuda.get_device_capability(query.device)
+    return choose(
+        setting,
+        device_type=query.device.type,
+        capability=capability,
+        dtype=query.dtype,
+        head_dim=query.shape[3],
+        value_dim=value.shape[3],
+        tokens=query.shape[2],
+        scale=scale,
+    )
+
+
+def attend(
+    choice: Choice,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    layout: TokenLayout,
+    options: Options,
+    *,
+    wants_log_mass: bool = False,
+) -> Attended:
+    """`attend.tiled_attention` on the chosen path; arguments and errors are its."""
+    run = tiled_attention_triton if choice.path == "triton" else tiled_attention
+    return run(query, key, value, scale, layout, options, wants_log_mass=wants_log_mass)
+
+
+def working_bytes(
+    choice: Choice,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    layout: TokenLayout,
+    options: Options,
+) -> int:
+    """Peak of what a call allocates on the chosen path, in bytes, its output included."""
+    batch, heads, _, head_dim = query.shape
+    value_dim, dtype = value.shape[3], query.dtype
+    if choice.path == "triton":
+        return triton_plan.memory_bytes(layout, batch * heads, head_dim, value_dim, dtype, options)
+    return memory.working_bytes(
+        batch, heads, head_dim, value_dim, dtype, layout, options, query.device
+    )
