@@ -22,7 +22,7 @@ import aiohttp
 from .config import Config
 from .mailbox import Mailbox, Receiver, Shelf
 from .outbox import Outbox
-from .sender import Sender
+from .sender import Sender, Trouble
 from .spool import Spool, left_over, owner_of_this_process
 
 log = logging.getLogger("attnscope")
@@ -70,6 +70,7 @@ class Channel:
         self._reached = asyncio.Event()
         self._bell = asyncio.Event()
         self._adopting = False
+        self._trouble = Trouble()
 
     @property
     def has_work(self) -> bool:
@@ -100,8 +101,9 @@ class Channel:
         tasks: set[asyncio.Task[None]] = set()
         async with aiohttp.ClientSession(headers=headers) as session:
             sender = Sender(
-                session, self.config.url, self.instance, self.spool, self.outbox, self._answered
-            )
+                session, self.config.url, self.instance, self.spool, self.outbox, self._answered,
+                self._trouble,
+            )  # fmt: skip
             mailbox = Mailbox(
                 session, self.config.url, self.instance["instance_id"], self.runs.get,
                 self.shelf, self._seen,
@@ -169,8 +171,9 @@ class Channel:
                     spool.load()
                     instance = owner["instance"]
                     sender = Sender(
-                        session, self.config.url, instance, spool, None, self._answered
-                    )
+                        session, self.config.url, instance, spool, None, self._answered,
+                        self._trouble,
+                    )  # fmt: skip
                     await sender.run(until_empty=True)
                 except Exception:
                     log.exception("AttnScope: the events in %s could not be sent", folder)

@@ -43,6 +43,25 @@ class Answer:
     error: str = ""
 
 
+class Trouble:
+    """What keeps a server from taking events: told once, by whichever sender meets it first."""
+
+    def __init__(self) -> None:
+        self._kind = ""
+
+    def met(self, kind: str, text: str) -> None:
+        """A try has failed."""
+        if kind != self._kind:
+            self._kind = kind
+            log.warning("AttnScope: %s; sampling goes on and events are kept", text)
+
+    def over(self, url: str) -> None:
+        """A try has succeeded."""
+        if self._kind:
+            log.info("AttnScope: the server at %s answers again", url)
+            self._kind = ""
+
+
 class Sender:
     """Sends one spool's events. Lives on the link's loop."""
 
@@ -54,6 +73,7 @@ class Sender:
         spool: Spool,
         outbox: Outbox | None,
         on_answer: Callable[[bool], None],
+        trouble: Trouble,
     ) -> None:
         """
         Args:
@@ -63,6 +83,7 @@ class Sender:
             spool: what to send.
             outbox: counts what the server refuses; None for an ended process's events.
             on_answer: told after each try whether the server could be reached.
+            trouble: with the server; senders of the same server share it.
         """
         self._session = session
         self._url = f"{url}/api/v1/ingest"
@@ -72,7 +93,7 @@ class Sender:
         self._on_answer = on_answer
         self._more = asyncio.Event()
         self._pause = FIRST_PAUSE_S
-        self._complaint = ""
+        self._trouble = trouble
         self._batch = BATCH_EVENTS
         self._restarted: set[str] = set()
 
@@ -223,9 +244,7 @@ class Sender:
     def _succeeded(self) -> None:
         self._pause = FIRST_PAUSE_S
         self._restarted.clear()
-        if self._complaint:
-            log.info("AttnScope: the server at %s answers again", self._url)
-            self._complaint = ""
+        self._trouble.over(self._url)
         self._on_answer(True)
 
     def _failed(self, answer: Answer) -> None:
@@ -239,10 +258,7 @@ class Sender:
             complaint = f"the server can't take events ({answer.error})"
         else:
             complaint = f"the server can't be reached ({answer.error})"
-        kind = f"{answer.status}"
-        if kind != self._complaint:
-            self._complaint = kind
-            log.warning("AttnScope: %s; sampling goes on and events are kept", complaint)
+        self._trouble.met(f"{answer.status}", complaint)
         self._on_answer(False)
 
 

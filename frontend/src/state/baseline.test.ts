@@ -103,3 +103,16 @@ it('says why two runs cannot be compared', async () => {
   expect(state.problem.value).toBe(detail)
   expect(state.comparison.value).toBeNull()
 })
+
+it('waits for the picture of a baseline that has just ended', async () => {
+  const path = `GET /runs/${RUN_ID}/baseline`
+  const there = answers[path]
+  answers[path] = baselineAnswer([comparedRun({ run_id: EXACT, finals: [] })])
+  const { state, asked } = await begin([final('1')])
+  expect(state.chosen.value).toBe(EXACT)
+  expect(asked(`/comparison?with=${EXACT}`)).toBe(0)
+  answers[path] = there
+  FakeEventSource.latest.send(change(6, 'image', final('2'), EXACT))
+  await answered()
+  expect(state.comparison.value?.baseline.run_id).toBe(EXACT)
+})

@@ -60,6 +60,8 @@ export function useBaseline(runId: string, { run, images }: Watched, pinned: Ref
     const other = chosen.value
     if (comparison.value?.baseline.run_id !== other) comparison.value = null
     if (other === null || finals.value.length === 0) return
+    // Its picture comes a little after its end, and the feed tells of it.
+    if (baseline.value?.finals.length === 0) return
     try {
       const answer = await request<Comparison>(`/runs/${runId}/comparison?with=${other}`)
       if (mine !== askedFigures) return
@@ -79,6 +81,8 @@ export function useBaseline(runId: string, { run, images }: Watched, pinned: Ref
     } else if (change.kind === 'run') {
       const other = change.data as unknown as Run
       if (other.variant === 'exact' && other.status !== 'running') void load()
+    } else if (change.kind === 'image' && candidates.value.some((item) => item.run_id === change.run_id)) {
+      void load()
     }
   }
 
