@@ -261,7 +261,9 @@ class _Field:
         excluded = select.excluded_windows(tiles, options.radius, query.dtype).unsqueeze(0)
         picks = None
         if picked:
-            picks = select.pick(logits, pooled, tiles, excluded, picked)
+            assert pooled.cross is not None
+            norm = pooled.cross.flatten(2).norm(dim=-1)
+            picks = select.pick(logits, norm, excluded, picked)
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
         weights, shared = None, 1
         if options.first_order:

@@ -25,6 +25,11 @@ _SAMPLE = 5
 """Every fifth slot serves to estimate covariances: 13 of a tile, no two columns alike."""
 
 
+def sampled_slots(block: int) -> torch.Tensor:
+    """The slots of a tile whose keys serve to estimate covariances, int64."""
+    return torch.arange(0, SLOTS, _SAMPLE if block == SLOTS else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Pooled:
     """Tiles pooled, of G heads.

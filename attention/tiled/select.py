@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .pool import Pooled
 from .tiles import SLOTS, Tiles, windows
 
 
@@ -18,7 +17,7 @@ def excluded_windows(tiles: Tiles, radius: int, dtype: torch.dtype) -> torch.Ten
 
 
 def pick(
-    logits: torch.Tensor, pooled: Pooled, tiles: Tiles, excluded: torch.Tensor, count: int
+    logits: torch.Tensor, norm: torch.Tensor, excluded: torch.Tensor, count: int
 ) -> torch.Tensor:
     """The tiles that would be missed most if they were approximated.
 
@@ -27,8 +26,7 @@ def pick(
 
     Args:
         logits: of each tile's mean query with each block, its mass in it, ``[G, T, M]``.
-        pooled: with H.
-        tiles: T of them.
+        norm: ‖H‖ of each tile, ``[G, T]``.
         excluded: of `excluded_windows`.
         count: how many to pick; each tile has as many left.
 
@@ -36,9 +34,7 @@ def pick(
         ``[G, T, count]`` int64.
     """
     heads, total, _ = logits.shape
-    score = logits.view(heads, total, total, pooled.blocks).logsumexp(dim=-1)
-    assert pooled.cross is not None
-    norm = pooled.cross.flatten(2).norm(dim=-1)
+    score = logits.view(heads, total, total, -1).logsumexp(dim=-1)
     # A tile of one token has no first-order term, and no error either.
     norm = norm.log().clamp_min(-SLOTS)
     score = score + norm.unsqueeze(1) + excluded
