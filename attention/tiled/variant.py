@@ -14,8 +14,9 @@ from ..reservation import Reservation
 from ..settings import TiledSettings, VariantSettings
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
-from .attend import Options, picked_tiles, tiled_attention, window_tiles
+from .attend import tiled_attention
 from .memory import working_bytes
+from .options import Options, picked_tiles, window_tiles
 from .tiles import SIDE, SLOTS, tile_count
 
 
@@ -77,14 +78,11 @@ class TiledVariant(Variant):
             return Result(None, Fallback.LAYOUT, "there are no image tokens", stats)
         options = options_of(settings)
         self._make_room(query, value, layout, options, settings)
-        rows = call.log_mass_rows
         attended = tiled_attention(
-            query, key, value, call.scale, layout, options, wants_log_mass=rows is not None
-        )
-        mass = attended.log_mass
-        if mass is not None and rows is not None:
-            mass = mass.index_select(2, rows)
-        return Result(attended.out, stats=stats, log_mass=mass)
+            query, key, value, call.scale, layout, options,
+            log_mass_rows=call.log_mass_rows, dense=call.dense,
+        )  # fmt: skip
+        return Result(attended.out, stats=stats, log_mass=attended.log_mass)
 
     def _make_room(
         self,
