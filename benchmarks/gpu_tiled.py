@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ import torch
 from attnscope.attention.structured import structured_qkv
 from attnscope.attention.taylor.triton_support import unavailable
 from attnscope.attention.tiled import triton_attend
-from attnscope.attention.tiled.attend import Options, tiled_attention
+from attnscope.attention.tiled.attend import tiled_attention
+from attnscope.attention.tiled.options import Options
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_plan import Config, default_config
 from attnscope.attention.token_layout import TokenLayout
@@ -47,12 +48,9 @@ BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 CONFIGS = {
     "1 tile": Config(),
     "1 tile, 2 stages": Config(stages=2),
+    "1 tile, 128 far keys": Config(far_block=128, stages=2),
     "2 tiles": Config(together=2, warps=8, stages=3),
     "2 tiles, 128 registers": Config(together=2, warps=8, stages=2, registers=128),
-    "2 tiles, 128 registers, 32 keys": Config(
-        together=2, warps=8, stages=2, registers=128, far_block=32
-    ),
-    "1 tile, pooling by 4 warps": Config(pool_warps=4),
 }
 NMSE_BOUND = {torch.bfloat16: 1e-4, torch.float16: 1e-4, torch.float32: 1e-9}
 STARTED = time.monotonic()
@@ -159,6 +157,7 @@ def heads_of(
 
 FULL_GRID = TokenLayout(TEXT, ((64, 64),))
 RAGGED = TokenLayout(77, ((37, 51), (20, 30)))
+ODD = TokenLayout(64, ((64, 72),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +173,18 @@ class Check:
     def run(self, name: str) -> bool:
         query, key, value = heads_of(self.layout, 2, self.dtype, self.width)
         scale = self.width**-0.5
+        every = torch.arange(self.layout.tokens, device=query.device)
 
         def call(mass: bool) -> triton_attend.Attended:
             return tiled_attention_triton(
                 query, key, value, scale, self.layout, self.options,
-                wants_log_mass=mass, config=self.config,
+                log_mass_rows=every if mass else None, config=self.config,
             )  # fmt: skip
 
         found, again, with_mass = call(False), call(False), call(True)
         wanted = tiled_attention(
             query.double(), key.double(), value.double(), scale, self.layout, self.options,
-            wants_log_mass=True,
+            log_mass_rows=every,
         )  # fmt: skip
         exact = sdpa_scaled(query, key, value, scale)
         assert with_mass.log_mass is not None and wanted.log_mass is not None
@@ -220,6 +220,8 @@ CHECKS = {
     "16 keys a block, ragged": Check(RAGGED, options=Options(block=16)),
     "16 keys a block": Check(FULL_GRID, options=Options(block=16)),
     "8 picks": Check(FULL_GRID, options=Options(top_k=8)),
+    "odd rows": Check(ODD),
+    "odd rows, 2 tiles": Check(ODD, config=CONFIGS["2 tiles"]),
     "text in the loop": Check(FULL_GRID, config=Config(text_in_kernel=True)),
     "8 picks, 2 tiles": Check(FULL_GRID, options=Options(top_k=8), config=CONFIGS["2 tiles"]),
     "order 0, no correction": Check(
@@ -280,34 +282,37 @@ def phases(
     yield timed("pooling", 4 * tiles * 64 * width**2, lambda: [
         triton_attend.pool_tiles(job, *some) for some in groups
     ])  # fmt: skip
-    spread = [triton_attend.spreads(job, one) for one in pooled]
-    yield timed("spread", 2 * tiles * 13 * width**2, lambda: [
-        triton_attend.spreads(job, one) for one in pooled
-    ])  # fmt: skip
+    firsts = [first for first, _ in groups]
+
+    def spreads() -> list[triton_attend.Spread]:
+        return [
+            triton_attend.spreads(job, first, one)
+            for first, one in zip(firsts, pooled, strict=True)
+        ]
+
+    spread = spreads()
+    yield timed("spread", 6 * tiles * 13 * width**2, spreads)
     exact = table.exact
 
     def weigh() -> list[torch.Tensor]:
-        return [
-            triton_attend.weigh(job, *pair, exact)
-            for pair in ((p, *s) for p, s in zip(pooled, spread, strict=True))
-        ]
+        return [triton_attend.weigh(job, p, s, exact) for p, s in zip(pooled, spread, strict=True)]
 
     weights = weigh()
     yield timed("weights", 4 * tiles**2 * width, weigh)
     terms = [triton_attend.add_terms(w, p) for w, p in zip(weights, pooled, strict=True)]
-    yield timed("weights · C", 2 * tiles**2 * width**2, lambda: [
+    yield timed("weights · C", 2 * tiles**2 * width**2 / table.shared, lambda: [
         triton_attend.add_terms(w, p) for w, p in zip(weights, pooled, strict=True)
     ])  # fmt: skip
 
     def loop(with_job: triton_attend.Job) -> None:
-        for some, p, s, t in zip(groups, pooled, spread, terms, strict=True):
-            triton_attend.loop(with_job, some[0], p, *s, t, exact, None, skip_text=True)
+        for first, p, s, t in zip(firsts, pooled, spread, terms, strict=True):
+            triton_attend.loop(with_job, first, p, s, t, exact, None, skip_text=True)
 
     near = float(table.exact.sum()) / tiles * 64
     flop = tiles * 64 * (4 * (text + near + tiles) * width + 4 * width**2)
     yield timed("loop", flop, lambda: loop(job))
     for name, other in CONFIGS.items():
-        if replace(other, pool_warps=config.pool_warps) == config:
+        if other == config:
             continue
         try:
             changed = triton_attend.make_job(
@@ -329,7 +334,6 @@ def measure_attention(side: int) -> None:
     base = default_config(torch.bfloat16)
     for label, config, options in (
         ("default", base, Options()),
-        ("pooling by 4 warps", replace(base, pool_warps=4), Options()),
         ("order 0", base, Options(first_order=False)),
         ("16 keys a block", base, Options(block=16)),
         ("8 picks", None, Options(top_k=8)),

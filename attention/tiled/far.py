@@ -6,9 +6,10 @@ import math
 
 import torch
 
+from ..token_layout import TokenLayout
 from .pool import Pooled
 from .products import multiply
-from .tiles import SLOTS, Tiles
+from .tiles import SIDE, SLOTS
 from .workspace import Workspace
 
 BEND = 0.1
@@ -32,7 +33,12 @@ def correction(pooled: Pooled) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
     if pooled.own is None or pooled.share is None:
         return None
-    raw = pooled.own.unsqueeze(-1) * pooled.share.unsqueeze(-2)
+    return correction_of(pooled.own, pooled.share)
+
+
+def correction_of(own: torch.Tensor, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of `Pooled.own` ``[G, T]`` and `Pooled.share` ``[G, M]``."""
+    raw = own.unsqueeze(-1) * share.unsqueeze(-2)
     return (raw / (1.0 + BEND * raw)).clamp_(max=MOST), 1.0 / (1.0 + DAMPING * raw)
 
 
@@ -59,17 +65,22 @@ def tile_weights(
     return weights.view(heads, count, count, blocks).sum(dim=-1) / live
 
 
-def shared(weights: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, int]:
+def tiles_sharing(layout: TokenLayout) -> int:
+    """How many neighbours of a row share terms: the greatest of 4, 2, 1 that divides every row."""
+    return math.gcd(4, *(-(-columns // SIDE) for _, columns in layout.grids))
+
+
+def shared(weights: torch.Tensor, layout: TokenLayout) -> tuple[torch.Tensor, int]:
     """Weights that neighbouring query tiles of a row share, which makes the products fewer.
 
     Args:
         weights: of `tile_weights`, ``[G, T, T]``.
-        tiles: T of them.
+        layout: of the tokens.
 
     Returns:
-        ``[G, T / n, T]`` and n, the greatest of 4, 2 and 1 that divides every row of tiles.
+        ``[G, T / n, T]`` and n of `tiles_sharing`.
     """
-    size = math.gcd(4, *(grid.columns for grid in tiles.grids))
+    size = tiles_sharing(layout)
     heads, count, _ = weights.shape
     return weights.view(heads, count // size, size, count).mean(dim=2), size
 

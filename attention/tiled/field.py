@@ -72,6 +72,6 @@ class Field:
             own = far.tile_weights(
                 logits, None if corrected is None else corrected[1], excluded, tiles.live
             )
-            weights, shared = far.shared(own, tiles)
+            weights, shared = far.shared(own, layout)
         bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + mass
         return cls(pooled, picks, excluded, bias, weights, shared)

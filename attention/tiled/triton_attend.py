@@ -24,8 +24,9 @@ from ..taylor.triton_support import (
 )
 from ..token_layout import TokenLayout
 from . import far, select
-from .attend import Attended, Options, picked_tiles, window_tiles
-from .pool import Pooled, sampled_slots
+from .attend import Attended
+from .options import Options, picked_tiles, window_tiles
+from .pool import sampled_slots
 from .tiles import SLOTS, tile_count
 from .triton_plan import (
     PROGRAMS,
@@ -124,6 +125,19 @@ class TritonPooled:
     norm: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What the correction of masses is made of.
+
+    Attributes:
+        share: ``[G, M]`` float32, s of each block.
+        own: ``[G, T]`` float32, mean of ½·qᵀΣ̄q over each tile's queries.
+    """
+
+    share: torch.Tensor
+    own: torch.Tensor
+
+
 def tiled_attention_triton(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,7 +146,7 @@ def tiled_attention_triton(
     layout: TokenLayout,
     options: Options,
     *,
-    wants_log_mass: bool = False,
+    log_mass_rows: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> Attended:
     """As `attend.tiled_attention`, for float32, float16 and bfloat16.
@@ -148,7 +162,7 @@ def tiled_attention_triton(
         scale: factor on q·k, above 0.
         layout: of the N tokens, with a grid at least.
         options: how to approximate.
-        wants_log_mass: whether to compute `Attended.log_mass`.
+        log_mass_rows: ``[S]`` int64 on the query's device: of `Attended.log_mass`.
         config: tile sizes; None chooses them.
 
     Raises:
@@ -156,12 +170,12 @@ def tiled_attention_triton(
     """
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     mass = None
-    if wants_log_mass:
+    if log_mass_rows is not None:
         mass = query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         job = make_job(query, key, value, out, mass, scale, layout, options, config)
         # Only the kernel knows the mass of text queries; SDPA is faster at the rest.
-        dense = layout.text_tokens > 0 and not wants_log_mass and not job.config.text_in_kernel
+        dense = layout.text_tokens > 0 and mass is None and not job.config.text_in_kernel
         if dense:
             text = layout.text_tokens
             out[:, :, :text] = torch.nn.functional.scaled_dot_product_attention(
@@ -169,6 +183,8 @@ def tiled_attention_triton(
             )
         for first, count in head_runs(job):
             attend_heads(job, first, count, skip_text=dense)
+    if mass is not None and log_mass_rows is not None:
+        mass = mass.index_select(2, log_mass_rows)
     return Attended(out, mass)
 
 
@@ -213,7 +229,8 @@ def make_job(
 def head_runs(job: Job) -> Iterator[tuple[int, int]]:
     """First head and number of heads that are computed at a time, of the B·H."""
     total = job.query.shape[0] * job.query.shape[1]
-    sizes = Sizes(job.tables.tiles, job.tables.all_tiles, *job.widths)
+    table = job.tables
+    sizes = Sizes(table.tiles, table.all_tiles, table.shared, *job.widths)
     step = heads_together(sizes, total, job.query.dtype, job.options, job.picks)
     for first in range(0, total, step):
         yield first, min(step, total - first)
@@ -222,18 +239,16 @@ def head_runs(job: Job) -> Iterator[tuple[int, int]]:
 def attend_heads(job: Job, first: int, count: int, *, skip_text: bool) -> None:
     """All phases for heads ``first`` to ``first + count`` of the B·H."""
     pooled = pool_tiles(job, first, count)
-    share = spread = None
+    spread, terms = None, None
     exact, picked = job.tables.exact, None
-    terms = None
     if job.has_far:
         if job.options.correction:
-            share, spread = spreads(job, pooled)
+            spread = spreads(job, first, pooled)
         if job.picks:
-            exact, picked = pick_tiles(job, pooled, share, spread)
+            exact, picked = pick_tiles(job, pooled, spread)
         if job.options.first_order:
-            weights = weigh(job, pooled, share, spread, exact)
-            terms = add_terms(weights, pooled)
-    loop(job, first, pooled, share, spread, terms, exact, picked, skip_text=skip_text)
+            terms = add_terms(weigh(job, pooled, spread, exact), pooled)
+    loop(job, first, pooled, spread, terms, exact, picked, skip_text=skip_text)
 
 
 def pool_tiles(job: Job, first: int, heads: int) -> TritonPooled:
@@ -283,60 +298,59 @@ def _sampling(block: int) -> tuple[int, int]:
     return step, -(-block // step)
 
 
-def spreads(job: Job, pooled: TritonPooled) -> tuple[torch.Tensor, torch.Tensor]:
-    """s ``[G, M]`` float32 and Σ̄ ``[G, D, D]`` as operands take it."""
-    table = job.tables
+def spreads(job: Job, first: int, pooled: TritonPooled) -> Spread:
+    """Phase 1: the spread of keys, in one matrix a head and a number for each block and tile."""
+    table, query = job.tables, job.query
     heads, width = pooled.near_key.shape[0], job.widths[0]
     total = table.tiles * job.blocks
     new = pooled.query.new_empty
-    share = new(heads, total)
-    spread = new(heads, width, width, dtype=job.wide)
+    share, own = new(heads, total), new(heads, table.tiles)
     steps = math.ceil(total / _SHARE_BLOCKS)
-    parts = min(steps, math.ceil(PROGRAMS * multiprocessors(job.query.device) / heads))
+    parts = min(steps, math.ceil(PROGRAMS * multiprocessors(query.device) / heads))
     per_program = math.ceil(steps / parts) * _SHARE_BLOCKS
     parts = math.ceil(total / per_program)
     partial = new(heads, parts, width, width)
     step, samples = _sampling(job.options.block)
-    sampling = {
-        "D": width,
-        "BLOCKS": job.blocks,
-        "SAMPLE": step,
-        "SAMPLES": samples,
-        "BB": _SHARE_BLOCKS,
-        "PRECISION": job.precision,
-        "num_warps": 8,
-    }
+    same = {"D": width, "BB": _SHARE_BLOCKS, "PRECISION": job.precision, "num_warps": 8}
+    sampling = {"BLOCKS": job.blocks, "SAMPLE": step, "SAMPLES": samples}
     _kernels().spread_kernel[(parts, heads)](
         pooled.near_key, pooled.key, table.live, partial, total, table.all_tiles, per_program,
-        OPERAND=_triton_dtype(job.query.dtype),
+        OPERAND=_triton_dtype(query.dtype),
         **sampling,
+        **same,
     )  # fmt: skip
+    summed = partial.sum(dim=1)
     _kernels().share_kernel[(steps, heads)](
-        pooled.near_key, pooled.key, table.live, partial.sum(dim=1), spread, share,
+        pooled.near_key, pooled.key, table.live, summed, share,
         1.0 / table.sampled, total, table.all_tiles,
         WIDE=_triton_dtype(job.wide),
         **sampling,
+        **same,
     )  # fmt: skip
-    return share, spread
+    # Queries are sampled alike for blocks of any size.
+    step, samples = _sampling(SLOTS)
+    _kernels().own_kernel[(math.ceil(table.tiles / _SHARE_BLOCKS), heads)](
+        query, table.rows, summed, own, 0.5 * job.scale**2 / (samples * table.sampled),
+        first, query.shape[1], table.tiles, query.shape[3], *query.stride()[:3],
+        SAMPLE=step,
+        SAMPLES=samples,
+        WIDE=_triton_dtype(job.wide),
+        **same,
+    )  # fmt: skip
+    return Spread(share, own)
 
 
 def pick_tiles(
-    job: Job, pooled: TritonPooled, share: torch.Tensor | None, spread: torch.Tensor | None
+    job: Job, pooled: TritonPooled, spread: Spread | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Phase 1: exact tiles ``[G, T, T]`` uint8, and the picked ones in groups' lists."""
+    """Phase 1b: exact tiles ``[G, T, T]`` uint8, and the picked ones in groups' lists."""
     assert pooled.norm is not None
     table = job.tables
-    view = Pooled(
-        query=pooled.query,
-        key=pooled.key.float(),
-        value=pooled.value,
-        log_count=table.log_count * math.log(2.0),
-        spread=None if spread is None else spread.float(),
-        share=share,
-        cross=None,
-        blocks=job.blocks,
-    )
-    logits, _ = far.tile_logits(view)
+    logits = torch.matmul(pooled.query, pooled.key.float().transpose(-2, -1))
+    logits += table.log_count * math.log(2.0)
+    if spread is not None:
+        corrected = far.correction_of(spread.own, spread.share)
+        logits += corrected[0]
     excluded = torch.zeros_like(table.exact, dtype=torch.float32)
     excluded.masked_fill_(table.exact.bool(), -math.inf)
     picks = select.pick(logits, pooled.norm, excluded, job.picks)
@@ -351,34 +365,31 @@ def pick_tiles(
 
 
 def weigh(
-    job: Job,
-    pooled: TritonPooled,
-    share: torch.Tensor | None,
-    spread: torch.Tensor | None,
-    exact: torch.Tensor,
+    job: Job, pooled: TritonPooled, spread: Spread | None, exact: torch.Tensor
 ) -> torch.Tensor:
-    """Phase 2a: weights of the first-order terms, ``[G, T, T]``, rows of 8 numbers' multiples."""
+    """Phase 2a: weights of the first-order terms, ``[G, T / n, T]``, n tiles sharing each row."""
     table = job.tables
     heads, tiles = pooled.query.shape[:2]
     # cuBLAS is slow where rows are not aligned to 16 bytes.
     columns = math.ceil(tiles / 8) * 8
-    weights = pooled.query.new_empty(heads, tiles, columns, dtype=job.wide)
+    weights = pooled.query.new_empty(heads, tiles // table.shared, columns, dtype=job.wide)
     _kernels().weigh_kernel[(math.ceil(tiles / _WEIGH_QUERIES), heads)](
         pooled.query, pooled.key, table.log_count,
-        spread if spread is not None else pooled.query,
-        share if share is not None else pooled.query,
+        spread.own if spread is not None else pooled.query,
+        spread.share if spread is not None else pooled.query,
         exact, weights, tiles, tiles * job.blocks, columns, _per_head(exact),
         D=job.widths[0],
         BQ=_WEIGH_QUERIES,
         BN=_WEIGH_KEYS,
         BLOCKS=job.blocks,
-        CORRECTION=share is not None,
+        CORRECTION=spread is not None,
         BEND=far.BEND,
         MOST=far.MOST,
         DAMPING=far.DAMPING,
         OPERAND=_triton_dtype(job.query.dtype),
         WIDE=_triton_dtype(job.wide),
         SPLIT=job.query.dtype != torch.float32,
+        SHARED=table.shared,
         PRECISION=job.precision,
         num_warps=4,
     )  # fmt: skip
@@ -391,7 +402,7 @@ def _per_head(exact: torch.Tensor) -> int:
 
 
 def add_terms(weights: torch.Tensor, pooled: TritonPooled) -> torch.Tensor:
-    """Phase 2b: Σ_b w_b·C_b of each query tile, ``[G, T, D·Dv]``."""
+    """Phase 2b: Σ_b w_b·C_b of n query tiles each, ``[G, T / n, D·Dv]``."""
     assert pooled.cross is not None
     return torch.bmm(weights, pooled.cross)
 
@@ -400,8 +411,7 @@ def loop(
     job: Job,
     first: int,
     pooled: TritonPooled,
-    share: torch.Tensor | None,
-    spread: torch.Tensor | None,
+    spread: Spread | None,
     terms: torch.Tensor | None,
     exact: torch.Tensor,
     picked: torch.Tensor | None,
@@ -418,8 +428,8 @@ def loop(
     _kernels().attend_kernel[(table.groups.shape[0] - first_group, heads)](
         job.query, job.out, mass if mass is not None else unused,
         pooled.near_key, pooled.near_value, pooled.key, pooled.value, table.log_count,
-        share if share is not None else unused,
-        spread if spread is not None else unused,
+        spread.share if spread is not None else unused,
+        spread.own if spread is not None else unused,
         terms if terms is not None else unused,
         exact, table.rows, table.live, table.groups, table.starts, table.counts, table.listed,
         picked if picked is not None else table.listed,
@@ -436,8 +446,9 @@ def loop(
         FULL=table.full,
         FAR=job.has_far,
         PICKS=picked is not None,
-        CORRECTION=share is not None,
+        CORRECTION=spread is not None,
         FIRST_ORDER=terms is not None,
+        SHARED=table.shared,
         MASS=mass is not None,
         BEND=far.BEND,
         MOST=far.MOST,

@@ -8,7 +8,7 @@ behind those of the image. Offsets that grow with tokens or heads are int64.
 import triton
 import triton.language as tl
 
-from ..taylor.triton_numeric import INTERPRETED, dot, narrow
+from ..taylor.triton_numeric import dot, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -16,25 +16,9 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def _reciprocal(x):
-    if INTERPRETED:
-        return 1.0 / x
-    # Within 1 ulp, where an exact quotient takes a dozen instructions.
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _shortfall(raw, BEND: tl.constexpr, MOST: tl.constexpr):
-    """A - c' with A = 1 / BEND, for c and all results in units of log 2.
-
-    c / (1 + BEND·c) = A - A² / (A + c): one reciprocal and few products, whose count decides how
-    fast pseudo-keys go.
-    """
-    A: tl.constexpr = LOG2E / BEND
-    LEAST: tl.constexpr = (A - MOST * LOG2E) / (A * A)
-    return tl.maximum(_reciprocal(raw + A), LEAST) * (A * A)
+def _correction(raw, BEND: tl.constexpr, MOST: tl.constexpr):
+    """c' of c, in units of log 2."""
+    return tl.minimum(raw / (raw * BEND + 1.0), MOST) * LOG2E
 
 
 @triton.jit(do_not_specialize=["first_head", "heads", "tiles", "all_tiles"])
@@ -197,7 +181,6 @@ def share_kernel(
     mean_key,
     live,
     summed,
-    spread,
     share,
     factor,
     blocks,
@@ -210,27 +193,76 @@ def share_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s of BB blocks; the first program of a head stores Σ̄ too."""
+    """s of BB blocks."""
     i_g = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BB
-    o_d = tl.arange(0, D)
     offset, valid = _sampled_offsets(
         near_key, mean_key, live, i_g, first, blocks, all_tiles, D, BLOCKS, SAMPLE, SAMPLES, BB
     )
-    o_matrix = i_g * (D * D) + o_d[:, None] * D + o_d[None, :]
-    matrix = tl.load(summed + o_matrix) * factor
-    stored = narrow(matrix, WIDE)
-    if tl.program_id(0) == 0:
-        tl.store(spread + o_matrix, stored)
+    matrix = _spread_matrix(summed, factor, i_g, D)
     # Tiles of one token, or of equal keys, have no spread at all.
     size = tl.maximum(tl.sum(matrix * matrix), TINY)
-    product = tl.zeros([BB * 16, D], dtype=tl.float32)
-    product = dot(narrow(offset, WIDE), stored, product, PRECISION)
-    quadratic = tl.reshape(tl.sum(product * offset, axis=1), [BB, 16])
     held = tl.reshape(valid.to(tl.float32), [BB, 16])
-    own = tl.sum(quadratic, axis=1) / tl.maximum(tl.sum(held, axis=1), 1.0)
+    own = _quadratic(offset, matrix, D, BB, WIDE, PRECISION)
+    own = own / tl.maximum(tl.sum(held, axis=1), 1.0)
     o_b = first + tl.arange(0, BB)
     tl.store(share + i_g * blocks + o_b, own / size, mask=o_b < blocks)
+
+
+@triton.jit
+def _spread_matrix(summed, factor, i_g, D: tl.constexpr):
+    """Σ̄ of a head, [D, D]."""
+    o_d = tl.arange(0, D)
+    return tl.load(summed + i_g * (D * D) + o_d[:, None] * D + o_d[None, :]) * factor
+
+
+@triton.jit
+def _quadratic(
+    x, matrix, D: tl.constexpr, BB: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Σ xᵀ·matrix·x over each 16 rows of x [BB · 16, D]: [BB]."""
+    product = tl.zeros([BB * 16, D], dtype=tl.float32)
+    product = dot(narrow(x, WIDE), narrow(matrix, WIDE), product, PRECISION)
+    return tl.sum(tl.reshape(tl.sum(product * x, axis=1), [BB, 16]), axis=1)
+
+
+@triton.jit(do_not_specialize=["first_head", "heads", "tiles"])
+def own_kernel(
+    query,
+    rows,
+    summed,
+    own,
+    factor,
+    first_head,
+    heads,
+    tiles,
+    head_dim,
+    q_b,
+    q_h,
+    q_n,
+    D: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    BB: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Σ qᵀ·summed·q over the sampled queries of BB tiles, times the factor."""
+    i_g = tl.program_id(1).to(tl.int64)
+    i_bh = i_g + first_head
+    i_b, i_h = i_bh // heads, i_bh % heads
+    o_r = tl.arange(0, BB * 16)
+    o_d = tl.arange(0, D)
+    tile = tl.program_id(0) * BB + o_r // 16
+    # Dead slots repeat the tile's first query and count, as in `pool`.
+    valid = (tile < tiles) & (o_r % 16 < SAMPLES)
+    row = tl.load(rows + tile * 64 + (o_r % 16) * SAMPLE, mask=valid, other=0).to(tl.int64)
+    p_query = query + i_b * q_b + i_h * q_h + row[:, None] * q_n + o_d[None, :]
+    q = tl.load(p_query, mask=valid[:, None] & (o_d < head_dim)[None, :], other=0.0)
+    matrix = _spread_matrix(summed, factor, i_g, D)
+    total = _quadratic(q.to(tl.float32), matrix, D, BB, WIDE, PRECISION)
+    o_t = tl.program_id(0) * BB + tl.arange(0, BB)
+    tl.store(own + i_g * tiles + o_t, total, mask=o_t < tiles)
 
 
 @triton.jit
@@ -254,7 +286,7 @@ def _tile_scores(
     raw = s
     if CORRECTION:
         raw = own[:, None] * tl.load(p_share + o_n, mask=known, other=0.0)[None, :]
-        s += LOG2E / BEND - _shortfall(raw * LOG2E, BEND, MOST)
+        s += _correction(raw, BEND, MOST)
     inside = live_q[:, None] & known[None, :]
     exact = tl.load(p_exact + (o_n // BLOCKS)[None, :], mask=inside, other=1)
     return tl.where(exact != 0, float("-inf"), s), raw
@@ -265,7 +297,7 @@ def weigh_kernel(
     mean_query,
     mean_key,
     log_count,
-    spread,
+    own_spread,
     share,
     exact,
     weights,
@@ -284,9 +316,10 @@ def weigh_kernel(
     OPERAND: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Weights of the tiles' first-order terms for BQ query tiles, as `far.tile_weights`."""
+    """Weights of the tiles' first-order terms for BQ query tiles, SHARED of them together."""
     i_g = tl.program_id(1).to(tl.int64)
     o_q = tl.program_id(0) * BQ + tl.arange(0, BQ)
     o_d = tl.arange(0, D)
@@ -296,10 +329,7 @@ def weigh_kernel(
     q_high = narrow(q, OPERAND)
     own = tl.zeros([BQ], dtype=tl.float32)
     if CORRECTION:
-        matrix = tl.load(spread + i_g * (D * D) + o_d[:, None] * D + o_d[None, :])
-        product = tl.zeros([BQ, D], dtype=tl.float32)
-        product = dot(narrow(q, WIDE), matrix, product, PRECISION)
-        own = tl.sum(product * q, axis=1) * 0.5
+        own = tl.load(own_spread + i_g * tiles + o_q, mask=live_q, other=0.0)
     p_key = mean_key + i_g * blocks * D
     p_share = share + i_g * blocks
     p_exact = exact + i_g * exact_g + o_q[:, None].to(tl.int64) * tiles
@@ -327,10 +357,25 @@ def weigh_kernel(
             w = w / (1.0 + DAMPING * raw)
         if BLOCKS > 1:
             w = tl.sum(tl.reshape(w, [BQ, BN // BLOCKS, BLOCKS]), axis=2)
+        if SHARED > 1:
+            w = tl.reshape(w, [BQ // SHARED, SHARED, BN // BLOCKS])
+            w = tl.sum(w, axis=1) / SHARED
+        o_row = tl.program_id(0) * (BQ // SHARED) + tl.arange(0, BQ // SHARED)
         o_t = start // BLOCKS + tl.arange(0, BN // BLOCKS)
-        p_weights = weights + (i_g * tiles + o_q)[:, None] * columns + o_t[None, :]
-        inside = live_q[:, None] & (o_t < tiles)[None, :]
+        p_weights = weights + (i_g * (tiles // SHARED) + o_row)[:, None] * columns + o_t[None, :]
+        inside = (o_row < tiles // SHARED)[:, None] & (o_t < tiles)[None, :]
         tl.store(p_weights, narrow(w, WIDE), mask=inside)
+
+
+@triton.jit
+def _bias(
+    p_exact, known, count, share, own, CORRECTION: tl.constexpr, BEND: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """log₂ of the mass that pseudo-keys have beside q·k̄; -inf where their tile is exact."""
+    if CORRECTION:
+        count += _correction(own * share, BEND, MOST)
+    return tl.where(tl.load(p_exact, mask=known, other=1) != 0, float("-inf"), count)
 
 
 @triton.jit(
@@ -355,7 +400,7 @@ def attend_kernel(
     far_value,
     log_count,
     share,
-    spread,
+    own_spread,
     terms,
     exact,
     rows,
@@ -394,6 +439,7 @@ def attend_kernel(
     PICKS: tl.constexpr,
     CORRECTION: tl.constexpr,
     FIRST_ORDER: tl.constexpr,
+    SHARED: tl.constexpr,
     MASS: tl.constexpr,
     BEND: tl.constexpr,
     MOST: tl.constexpr,
@@ -426,13 +472,6 @@ def attend_kernel(
     if TILES == 2:
         tile_1 = tl.maximum(tl.load(groups + i_group * TILES + 1), 0)
     image = tile_0 < tiles
-    own = tl.zeros([BM], dtype=tl.float32)
-    if FAR and CORRECTION:
-        matrix = tl.load(spread + i_g * (D * D) + o_d[:, None] * D + o_d[None, :])
-        product = tl.zeros([BM, D], dtype=tl.float32)
-        product = dot(narrow(q.to(tl.float32), WIDE), matrix, product, PRECISION)
-        own = tl.sum(product * q.to(tl.float32), axis=1) * (0.5 * scale * scale * LOG2E)
-
     top = tl.full([BM], float("-inf"), dtype=tl.float32)
     near_sum = tl.zeros([BM], dtype=tl.float32)
     acc = tl.zeros([BM, DV], dtype=tl.float32)
@@ -477,39 +516,35 @@ def attend_kernel(
         p_far_key = far_key + i_g * blocks * D
         p_far_value = far_value + i_g * blocks * DV
         p_share = share + i_g * blocks
-        p_exact_0 = exact + i_g * exact_g + tile_0.to(tl.int64) * tiles
-        p_exact_1 = exact + i_g * exact_g + tile_1.to(tl.int64) * tiles
-        o_k = tl.arange(0, BN)
+        far_0 = tl.where(image, tile_0, 0).to(tl.int64)
+        far_1 = tl.where(image, tile_1, 0).to(tl.int64)
+        p_exact = exact + i_g * exact_g
+        own_0, own_1 = 0.0, 0.0
+        if CORRECTION:
+            own_0 = tl.load(own_spread + i_g * tiles + far_0)
+            own_1 = tl.load(own_spread + i_g * tiles + far_1)
         for begin in range(0, tl.where(image, blocks, 0), BN):
-            o_b_ = begin + o_k
-            known = o_b_ < blocks
-            k = tl.load(
-                p_far_key + o_b_[:, None] * D + o_d[None, :],
-                mask=known[:, None],
-                other=0.0,
-            )
-            v = tl.load(
-                p_far_value + o_b_[:, None] * DV + o_v[None, :],
-                mask=known[:, None],
-                other=0.0,
-            )
-            bias = tl.load(log_count + o_b_, mask=known, other=float("-inf"))
+            o_k = begin + tl.arange(0, BN)
+            known = o_k < blocks
+            p_k = p_far_key + o_k[:, None] * D + o_d[None, :]
+            p_v = p_far_value + o_k[:, None] * DV + o_v[None, :]
+            k = tl.load(p_k, mask=known[:, None], other=0.0)
+            v = tl.load(p_v, mask=known[:, None], other=0.0)
+            held = tl.load(log_count + o_k, mask=known, other=float("-inf"))
+            some = held
             if CORRECTION:
-                bias += LOG2E / BEND
-            exact_0 = tl.load(p_exact_0 + o_b_ // BLOCKS, mask=known, other=1)
-            bias_0 = tl.where(exact_0 != 0, float("-inf"), bias)
+                some = tl.load(p_share + o_k, mask=known, other=0.0)
+            p_e = p_exact + o_k // BLOCKS
+            bias = _bias(p_e + far_0 * tiles, known, held, some, own_0, CORRECTION, BEND, MOST)
             s = tl.zeros([BM, BN], dtype=tl.float32)
             s = dot(q, tl.trans(k), s, PRECISION)
             if TILES == 2:
-                exact_1 = tl.load(p_exact_1 + o_b_ // BLOCKS, mask=known, other=1)
-                bias_1 = tl.where(exact_1 != 0, float("-inf"), bias)
-                both = tl.where((half == 0)[:, None], bias_0[None, :], bias_1[None, :])
-                s = s * scale_2 + both
+                bias_1 = _bias(
+                    p_e + far_1 * tiles, known, held, some, own_1, CORRECTION, BEND, MOST
+                )
+                s = s * scale_2 + tl.where((half == 0)[:, None], bias[None, :], bias_1[None, :])
             else:
-                s = s * scale_2 + bias_0[None, :]
-            if CORRECTION:
-                some = tl.load(p_share + o_b_, mask=known, other=0.0)
-                s -= _shortfall(own[:, None] * some[None, :], BEND, MOST)
+                s = s * scale_2 + bias[None, :]
             new = tl.maximum(top, tl.max(s, axis=1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             p = tl.exp2(s - safe[:, None])
@@ -523,17 +558,14 @@ def attend_kernel(
             # The factor goes into the query, so that the product adds to acc in place.
             q_far = q.to(tl.float32) * (far_sum * scale)[:, None]
             o_term = o_d[:, None] * DV + o_v[None, :]
-            i_term = i_g * tiles + tl.where(image, tile_0, 0)
-            term = tl.load(terms + i_term * (D * DV) + o_term)
-            if TILES == 2:
+            p_term = terms + (i_g * (tiles // SHARED)) * (D * DV) + o_term
+            term = tl.load(p_term + (far_0 // SHARED) * (D * DV))
+            if TILES == 2 and SHARED == 1:
                 q_0 = narrow(tl.where((half == 0)[:, None], q_far, 0.0), WIDE)
                 acc = dot(q_0, term, acc, PRECISION)
-                i_term = i_g * tiles + tl.where(image, tile_1, 0)
-                term = tl.load(terms + i_term * (D * DV) + o_term)
-                q_1 = narrow(tl.where((half == 1)[:, None], q_far, 0.0), WIDE)
-                acc = dot(q_1, term, acc, PRECISION)
-            else:
-                acc = dot(narrow(q_far, WIDE), term, acc, PRECISION)
+                term = tl.load(p_term + far_1 * (D * DV))
+                q_far = tl.where((half == 1)[:, None], q_far, 0.0)
+            acc = dot(narrow(q_far, WIDE), term, acc, PRECISION)
 
     acc = acc / total[:, None]
     p_out = out + i_b * o_b + i_h * o_h + row[:, None] * o_n + o_v[None, :]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..token_layout import TokenLayout
-from .attend import Options, picked_tiles
+from .far import tiles_sharing
+from .options import Options, picked_tiles
 from .tiles import SLOTS, tile_count
 
 MAX_WIDTH = 128
@@ -82,12 +83,14 @@ class Sizes:
     Attributes:
         tiles: T.
         all_tiles: T and the tiles of text.
+        shared: query tiles that share first-order terms.
         width: padded width of keys.
         value_width: padded width of values.
     """
 
     tiles: int
     all_tiles: int
+    shared: int
     width: int
     value_width: int
 
@@ -96,7 +99,8 @@ class Sizes:
         """The sizes of a layout's calls."""
         tiles = tile_count(layout)
         text = -(-layout.text_tokens // SLOTS)
-        return cls(tiles, tiles + text, padded(head_dim), padded(value_dim))
+        shared = tiles_sharing(layout)
+        return cls(tiles, tiles + text, shared, padded(head_dim), padded(value_dim))
 
 
 def bytes_per_head(sizes: Sizes, dtype: torch.dtype, options: Options, picks: int) -> int:
@@ -113,10 +117,11 @@ def bytes_per_head(sizes: Sizes, dtype: torch.dtype, options: Options, picks: in
     blocks = tiles * (SLOTS // options.block)
     total = sizes.all_tiles * SLOTS * (width + value_width) * size
     total += tiles * width * _FP32 + blocks * ((width + value_width) * size + _FP32)
+    total += tiles * _FP32
     if options.first_order or picks:
         total += tiles * (width * value_width * wide + _FP32)
     if options.first_order:
-        total += tiles * (width * value_width * wide + (tiles + 7) * wide)
+        total += tiles // sizes.shared * (width * value_width + tiles + 7) * wide
     if picks:
         # Logits of tiles, their correction and its parts, scores; exact tiles as bytes.
         total += tiles * (blocks * 4 * _FP32 + tiles * (2 * _FP32 + 1))
@@ -158,7 +163,7 @@ def memory_bytes(
     total = heads * bytes_per_head(sizes, dtype, options, picks)
     if options.correction:
         parts = math.ceil(PROGRAMS * processors / heads) * heads
-        total += (parts + 2 * heads) * sizes.width**2 * _FP32
+        total += (parts + heads) * sizes.width**2 * _FP32
     # Text's rows exist once more until they are copied to their place.
     rows = layout.tokens + layout.text_tokens
     return total + batch_heads * rows * value_dim * dtype.itemsize

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from ..token_layout import TokenLayout
+from .far import tiles_sharing
 from .pool import sampled_slots
 from .tiles import SLOTS, Tiles, cut, windows
 
@@ -35,6 +36,7 @@ class Tables:
         exact: ``[1, T, T]`` uint8: whether the column's tile is exact for the row's.
         log_count: ``[M]`` float32, log₂ of the live slots of each block.
         sampled: slots that Σ̄ is estimated from.
+        shared: query tiles that share first-order terms.
         full: whether no slot is dead, of text neither.
     """
 
@@ -50,6 +52,7 @@ class Tables:
     exact: torch.Tensor
     log_count: torch.Tensor
     sampled: int
+    shared: int
     full: bool
 
     @property
@@ -103,6 +106,7 @@ def tables(
             exact=exact.to(device, torch.uint8).unsqueeze(0),
             log_count=held.float().log2().to(device),
             sampled=int((sampled_slots(block)[None] < tiles.live[:, None]).sum()),
+            shared=tiles_sharing(layout),
             full=tiles.full and text % SLOTS == 0,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, cast
 
@@ -15,9 +14,10 @@ from ..settings import TiledSettings, VariantSettings
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from .attend import tiled_attention
+from .far import tiles_sharing
 from .memory import working_bytes
 from .options import Options, picked_tiles, window_tiles
-from .tiles import SIDE, SLOTS, tile_count
+from .tiles import SLOTS, tile_count
 
 
 def options_of(settings: TiledSettings) -> Options:
@@ -135,6 +135,6 @@ class TiledVariant(Variant):
         products = 4.0 * pairs * width
         if options.first_order:
             # H of each tile, their sums for tiles that share them, and each query with its sum.
-            shared = math.gcd(4, *(-(-columns // SIDE) for _, columns in layout.grids))
+            shared = tiles_sharing(layout)
             products += (4.0 * image + 2.0 * tiles**2 / shared) * width**2
         return batch * heads * products
