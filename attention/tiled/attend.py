@@ -136,4 +136,4 @@ def _attend_heads(
     if rows is None:
         return None
     some = query.index_select(1, rows).to(dtype) * scale
-    return log_mass(some, text_key, keys, rows, tiles, field)
+    return log_mass(some, text_key, keys, rows, tiles, field, space)
