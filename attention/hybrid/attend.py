@@ -10,6 +10,7 @@ import torch
 
 from ..taylor import kernel
 from ..taylor.features import feature_dim
+from ..taylor.shaping import NormRule
 from .basis import Basis
 from .far import FarSums, Low, lower
 from .means import Means, Tokens, means
@@ -33,6 +34,7 @@ class Form:
         rank: coordinates of the series.
         scale: factor on q·k of the global part.
         centre: whether means are taken out.
+        norm: how norms of projected query and key change.
         wide: whether the global part is computed in float32.
         eps: relative denominators at or below it are bad.
         combine: see `settings.HybridSettings`.
@@ -46,6 +48,7 @@ class Form:
     rank: int
     scale: float
     centre: bool
+    norm: NormRule
     wide: bool
     eps: float
     combine: Literal["joint", "additive"]
@@ -228,7 +231,7 @@ def _lowered(
     basis = find_basis(tokens.query, tokens.key, tokens.mean, narrow)
     for batch, heads in _groups(tokens.value, form, dtype.itemsize):
         some = Basis(basis.of_query[:, heads], basis.of_key[:, heads], basis.fitted)
-        yield batch, heads, lower(tokens.of(batch, heads), form.scale, some, narrow)
+        yield batch, heads, lower(tokens.of(batch, heads), form.scale, some, form.norm, narrow)
 
 
 def _add_global(out: torch.Tensor, tokens: Tokens, form: Form, find_basis: FindBasis) -> Attended:

@@ -13,6 +13,7 @@ from ..settings import HybridSettings, VariantSettings
 from ..taylor.attend import Options
 from ..taylor.features import feature_dim
 from ..taylor.probe import least_denominator
+from ..taylor.shaping import NormRule
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from . import schedules
@@ -85,6 +86,7 @@ class HybridVariant(Variant):
             rank=rank,
             scale=call.scale * settings.global_scale_mul,
             centre=settings.global_centre,
+            norm=NormRule(settings.global_norm_power, settings.global_norm_clip),
             wide=settings.force_fp32,
             eps=settings.eps,
             combine=settings.combine,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .base import Group, Measured, setting
+from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
 
 
 class TiledSettings(Measured):
@@ -103,18 +103,5 @@ class TiledSettings(Measured):
         "little weight, which shifts the whole picture.",
     )
 
-    memory_reserve: bool = setting(
-        True,
-        Group.MEMORY,
-        "Before the first call of each shape ask ComfyUI to make room for what the call will "
-        "need, which unloads models that this sampling doesn't use.",
-    )
-    memory_reserve_factor: float = setting(
-        1.1,
-        Group.MEMORY,
-        "Room asked for, as a multiple of the estimate.",
-        ge=1.0,
-        le=4.0,
-        step=0.05,
-        advanced=True,
-    )
+    memory_reserve: bool = reserve_setting()
+    memory_reserve_factor: float = reserve_factor_setting()
