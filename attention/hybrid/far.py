@@ -156,3 +156,5 @@ class FarSums:
             features = monomials(self._low.key[:, :, some], self._terms)
             part = torch.matmul(features.transpose(-2, -1), self._low.values[:, :, some])
             sums.add_(part, alpha=sign)
+            # Or they would be held while the next ones are made.
+            del features, part

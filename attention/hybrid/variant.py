@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
 
 from .. import gates
 from ..reasons import Fallback, Gate
+from ..reservation import Reservation
 from ..settings import HybridSettings, VariantSettings
 from ..taylor.attend import Options
 from ..taylor.features import feature_dim
@@ -20,6 +22,7 @@ from . import schedules
 from .attend import Form, hybrid_attention
 from .basis import Bases, Basis, Key, identity
 from .means import Means
+from .memory import Shape, working_bytes
 
 
 class HybridVariant(Variant):
@@ -35,6 +38,7 @@ class HybridVariant(Variant):
 
     def prepare(self, run: RunInfo) -> None:
         self._bases = Bases()
+        self._reservation = Reservation(run.reserve)
 
     def gate(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> Gate | None:
         settings = cast(HybridSettings, call.settings)
@@ -92,11 +96,15 @@ class HybridVariant(Variant):
             combine=settings.combine,
         )
 
+        fits = rank < head_dim and settings.use_pca
+        if settings.memory_reserve:
+            self._make_room(query, value, form, fits, settings.memory_reserve_factor)
+
         def find_basis(
             query: torch.Tensor, key: torch.Tensor, mean: Means, dtype: torch.dtype
         ) -> Basis:
             which = Key(str(call.layer), query.shape[1], head_dim, rank, dtype, query.device)
-            if rank == head_dim or not settings.use_pca:
+            if not fits:
                 return identity(which)
             named = call.layer is not None
             return self._bases.find(which, query, key, mean, settings.pca_samples, named=named)
@@ -112,6 +120,18 @@ class HybridVariant(Variant):
         if attended.log_mass is not None and call.log_mass_rows is not None:
             log_mass = attended.log_mass.index_select(2, call.log_mass_rows)
         return Result(attended.out, stats=stats, log_mass=log_mass)
+
+    def _make_room(
+        self, query: torch.Tensor, value: torch.Tensor, form: Form, fits: bool, factor: float
+    ) -> None:
+        shape = Shape(*query.shape, value.shape[3])
+        # How much the global part weighs follows sigma, and costs nothing.
+        form = replace(form, weight=float(form.weight > 0.0))
+        self._reservation.ask(
+            (shape, query.dtype, form, fits),
+            lambda: factor * working_bytes(shape, query.dtype, form, query.device, fits=fits),
+            query.device,
+        )
 
     @classmethod
     def flops(
