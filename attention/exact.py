@@ -57,6 +57,7 @@ class ExactVariant(Variant):
     name: ClassVar[str] = "exact"
     title: ClassVar[str] = "Exact (monitor only)"
     settings_model: ClassVar[type[VariantSettings]] = MonitorSettings
+    attends: ClassVar[bool] = False
 
     def gate(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> Gate | None:
         return None

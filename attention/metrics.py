@@ -129,13 +129,20 @@ METRICS: tuple[Metric, ...] = (
         "of degree 2 needs about 1 or less.",
     ),
     Metric(
-        "qk_p01", "q·k, 1st percentile", "1st percentile of sampled scaled logits.", fold=Fold.MIN
+        "qk_p01",
+        "q·k, 1st percentile",
+        "1st percentile of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
+        fold=Fold.MIN,
     ),
-    Metric("qk_p50", "q·k, median", "Median of sampled scaled logits."),
+    Metric(
+        "qk_p50",
+        "q·k, median",
+        "Median of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
+    ),
     Metric(
         "qk_p99",
         "q·k, 99th percentile",
-        "99th percentile of sampled scaled logits.",
+        "99th percentile of sampled scaled logits, by nearest rank; NaN where one isn't finite.",
         fold=Fold.MAX,
     ),
     Metric("q_norm", "Query norm", "Mean Euclidean norm of the sampled queries."),

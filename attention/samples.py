@@ -19,8 +19,8 @@ from .quality import exact_rows, sampled_indices
 from .variant import Effective
 
 SAMPLED_KEYS = 64
-"""Keys drawn for the q·k statistics; the sampled queries, not the keys, limit how steady they
-are."""
+"""Keys drawn for the q·k statistics. ``qk_std`` gets steadier with more of them; percentiles
+hardly do, since a query's logits go together and few queries are drawn."""
 
 _PERCENTILE_VALUES = 1024
 """Most logits of a call that the percentiles look at, thinned evenly: to order more would cost
@@ -29,7 +29,8 @@ more than all else."""
 _PERCENTILES = {"qk_p01": 0.01, "qk_p50": 0.5, "qk_p99": 0.99}
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that makes it three times as slow to fill, and one is filled in every call.
+@dataclass(slots=True)
 class CallSample:
     """What a call leaves for its statistics, of S sampled queries and K sampled keys.
 
@@ -174,11 +175,12 @@ def _columns(samples: Sequence[CallSample]) -> dict[str, torch.Tensor]:
     first = samples[0]
     query = _stack([sample.query for sample in samples]).float()
     key = _stack([sample.key for sample in samples]).float()
-    logits = torch.matmul(query, key.transpose(-2, -1)).mul_(first.scale)
+    logits = _logits(query, key, first.scale)
     seen = None if first.seen is None else _stack([sample.seen for sample in samples])
     spread = _spread(logits, seen, first.every_key)
-    # A NaN has no place in an order; the spread shows whether there is one.
-    percentiles = _percentiles(logits, seen).masked_fill_(spread.isnan()[:, None], float("nan"))
+    # A logit that isn't finite has no place in an order. It leaves a spread that isn't either,
+    # and that times 0 is NaN.
+    percentiles = _percentiles(logits, seen).add(spread[:, None], alpha=0)
     columns = {
         "qk_std": spread,
         **dict(zip(_PERCENTILES, percentiles.unbind(dim=1), strict=True)),
@@ -196,6 +198,15 @@ def _columns(samples: Sequence[CallSample]) -> dict[str, torch.Tensor]:
         bias = _stack([sample.mass_bias for sample in samples])
         columns["log_mass_bias"] = bias.flatten(1).mean(dim=1)
     return columns
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """``[L, B, H, S, K]``: scaled products, in one operation."""
+    rows, columns = query.flatten(0, 2), key.flatten(0, 2).transpose(1, 2)
+    # Its content doesn't count with a beta of 0.
+    out = query.new_empty(rows.shape[0], rows.shape[1], columns.shape[2])
+    out.baddbmm_(rows, columns, beta=0, alpha=scale)
+    return out.view(*query.shape[:4], columns.shape[2])
 
 
 def _stack(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -248,11 +259,13 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tenso
         ``[L, 3]``, in the order of `_PERCENTILES`; NaN where nothing was seen.
     """
     flat = logits.flatten(1)
-    some = sampled_indices(flat.shape[1], _PERCENTILE_VALUES, 0, flat.device)
-    flat = flat.index_select(1, some)
-    if seen is None:
-        return torch.stack([_by_rank(flat, share) for share in _PERCENTILES.values()], dim=1)
-    live = seen.flatten(1).index_select(1, some)
+    live = None if seen is None else seen.flatten(1)
+    if flat.shape[1] > _PERCENTILE_VALUES:
+        some = sampled_indices(flat.shape[1], _PERCENTILE_VALUES, 0, flat.device)
+        flat = flat.index_select(1, some)
+        live = None if live is None else live.index_select(1, some)
+    if live is None:
+        return _of_all(flat)
     ordered = flat.masked_fill(~live, float("inf")).sort(dim=1).values
     counts = live.sum(dim=1, keepdim=True)
     ranks = torch.cat([(counts * share).ceil() for share in _PERCENTILES.values()], dim=1)
@@ -260,10 +273,16 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tenso
     return chosen.masked_fill_(counts == 0, float("nan"))
 
 
-def _by_rank(values: torch.Tensor, share: float) -> torch.Tensor:
-    """A percentile of each row of ``[L, V]``, selected: that costs a third of a full order."""
+def _of_all(values: torch.Tensor) -> torch.Tensor:
+    """`_percentiles` of ``[L, V]``, selected: a full order would cost four times as much."""
     count = values.shape[1]
-    rank = max(1, math.ceil(share * count))
-    if 2 * rank <= count:
-        return values.topk(rank, dim=1, largest=False, sorted=False).values.amax(dim=1)
-    return values.topk(count - rank + 1, dim=1, sorted=False).values.amin(dim=1)
+    found = []
+    for share in _PERCENTILES.values():
+        rank = max(1, math.ceil(share * count))
+        largest = 2 * rank > count
+        if rank == (count + 1) // 2:
+            found.append(values.median(dim=1).values)
+        else:
+            wanted = count - rank + 1 if largest else rank
+            found.append(values.topk(wanted, dim=1, largest=largest).values[:, -1])
+    return torch.stack(found, dim=1)

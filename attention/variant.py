@@ -145,6 +145,10 @@ class Variant(ABC):
     settings_model: ClassVar[type[VariantSettings]]
     wants_pre_rope: ClassVar[bool] = False
     """Whether calls shall hold ``pre_rope``, for which the plugin patches bindings of ComfyUI."""
+    attends: ClassVar[bool] = True
+    """Whether there are calls that it answers itself; if not, it is asked about none."""
+    tells_log_mass: ClassVar[bool] = False
+    """Whether results can hold a ``log_mass``; if not, calls name no ``log_mass_rows``."""
 
     def prepare(self, run: RunInfo) -> None:  # noqa: B027
         """Called once, before the first call of the run."""

@@ -26,8 +26,8 @@ import torch
 
 from attnscope.attention.structured import structured_qkv
 from attnscope.attention.taylor.triton_support import unavailable
-from attnscope.attention.tiled import triton_attend
-from attnscope.attention.tiled.attend import tiled_attention
+from attnscope.attention.tiled import triton_attend, triton_job, triton_pool
+from attnscope.attention.tiled.attend import Attended, tiled_attention
 from attnscope.attention.tiled.options import Options
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_plan import Config, default_config
@@ -47,8 +47,7 @@ SIDES = (64, 128, 256)
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 CONFIGS = {
     "1 tile": Config(),
-    "1 tile, 2 stages": Config(stages=2),
-    "1 tile, 128 far keys": Config(far_block=128, stages=2),
+    "1 tile, 3 stages": Config(stages=3),
     "2 tiles": Config(together=2, warps=8, stages=3),
     "2 tiles, 128 registers": Config(together=2, warps=8, stages=2, registers=128),
 }
@@ -175,7 +174,7 @@ class Check:
         scale = self.width**-0.5
         every = torch.arange(self.layout.tokens, device=query.device)
 
-        def call(mass: bool) -> triton_attend.Attended:
+        def call(mass: bool) -> Attended:
             return tiled_attention_triton(
                 query, key, value, scale, self.layout, self.options,
                 log_mass_rows=every if mass else None, config=self.config,
@@ -266,8 +265,8 @@ def phases(
     """Name, ms and useful TFLOP/s of each phase over all heads."""
     options = Options()
     out = torch.empty_like(query)
-    job = triton_attend.make_job(query, key, value, out, None, SCALE, layout, options, config)
-    table, groups = job.tables, list(triton_attend.head_runs(job))
+    job = triton_job.make_job(query, key, value, out, None, SCALE, layout, options, config)
+    table, groups = job.tables, list(triton_job.head_runs(job))
     tiles, tokens, text = table.tiles, layout.tokens, layout.text_tokens
     width = HEAD_DIM
 
@@ -278,16 +277,15 @@ def phases(
     yield timed("text queries, SDPA", 4 * text * tokens * width, lambda: sdpa(
         query[:, :, :text], key, value
     ))  # fmt: skip
-    pooled = [triton_attend.pool_tiles(job, *some) for some in groups]
+    pooled = [triton_pool.pool_tiles(job, *some) for some in groups]
     yield timed("pooling", 4 * tiles * 64 * width**2, lambda: [
-        triton_attend.pool_tiles(job, *some) for some in groups
+        triton_pool.pool_tiles(job, *some) for some in groups
     ])  # fmt: skip
     firsts = [first for first, _ in groups]
 
-    def spreads() -> list[triton_attend.Spread]:
+    def spreads() -> list[triton_pool.Spread]:
         return [
-            triton_attend.spreads(job, first, one)
-            for first, one in zip(firsts, pooled, strict=True)
+            triton_pool.spreads(job, first, one) for first, one in zip(firsts, pooled, strict=True)
         ]
 
     spread = spreads()
@@ -304,7 +302,7 @@ def phases(
         triton_attend.add_terms(w, p) for w, p in zip(weights, pooled, strict=True)
     ])  # fmt: skip
 
-    def loop(with_job: triton_attend.Job) -> None:
+    def loop(with_job: triton_job.Job) -> None:
         for first, p, s, t in zip(firsts, pooled, spread, terms, strict=True):
             triton_attend.loop(with_job, first, p, s, t, exact, None, skip_text=True)
 
@@ -315,7 +313,7 @@ def phases(
         if other == config:
             continue
         try:
-            changed = triton_attend.make_job(
+            changed = triton_job.make_job(
                 query, key, value, out, None, SCALE, layout, options, other
             )
             yield timed(f"(loop with {name})", flop, lambda job=changed: loop(job))

@@ -15,6 +15,9 @@ _POSITIONS = (
     "q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 )  # fmt: skip
 
+OWN_ARGUMENTS = frozenset(_POSITIONS) - {"attn_precision"}
+"""What a call with other tensors has of its own; other arguments it takes over."""
+
 _KNOWN = frozenset(_POSITIONS) | {
     "scale",
     "transformer_options",
@@ -35,7 +38,8 @@ class Unreadable(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True)
+# Not frozen: that is slow to fill, and one is filled in every call.
+@dataclass(slots=True)
 class AttentionCall:
     """An attention call in one layout.
 
@@ -108,8 +112,8 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
     if len(args) > len(_POSITIONS):
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, f"{len(args)} positional arguments")
     given = {**dict(zip(_POSITIONS, args, strict=False)), **kwargs}
-    unknown = sorted(set(given) - _KNOWN)
-    if unknown:
+    if not given.keys() <= _KNOWN:
+        unknown = sorted(given.keys() - _KNOWN)
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, ", ".join(unknown))
     if given.get("enable_gqa"):
         raise Unreadable(Fallback.UNKNOWN_ARGUMENT, "enable_gqa")
@@ -118,10 +122,13 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> AttentionCall:
     except KeyError as error:
         raise Unreadable(Fallback.LAYOUT, f"no argument {error}") from None
     split = bool(given.get("skip_reshape"))
-    query, key, value = (_heads_out(tensor, heads, split) for tensor in (query, key, value))
-    batch, _, queries, head_dim = query.shape
-    keys = key.shape[2]
-    if key.shape[0] != batch or key.shape[3] != head_dim or value.shape[:3] != key.shape[:3]:
+    query = _heads_out(query, heads, split)
+    key = _heads_out(key, heads, split)
+    value = _heads_out(value, heads, split)
+    batch, heads, queries, head_dim = query.shape
+    key_shape = key.shape
+    keys = key_shape[2]
+    if key_shape != (batch, heads, keys, head_dim) or value.shape[:3] != key_shape[:3]:
         raise Unreadable(
             Fallback.LAYOUT,
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",

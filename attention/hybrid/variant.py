@@ -31,6 +31,7 @@ class HybridVariant(Variant):
     name: ClassVar[str] = "hybrid"
     title: ClassVar[str] = "Hybrid"
     settings_model: ClassVar[type[VariantSettings]] = HybridSettings
+    tells_log_mass: ClassVar[bool] = True
     wants_pre_rope: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -124,7 +125,8 @@ class HybridVariant(Variant):
     def _make_room(
         self, query: torch.Tensor, value: torch.Tensor, form: Form, fits: bool, factor: float
     ) -> None:
-        shape = Shape(*query.shape, value.shape[3])
+        batch, heads, tokens, head_dim = query.shape
+        shape = Shape(batch, heads, tokens, head_dim, value.shape[3])
         # How much the global part weighs follows sigma, and costs nothing.
         form = replace(form, weight=float(form.weight > 0.0))
         self._reservation.ask(

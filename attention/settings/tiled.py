@@ -103,5 +103,13 @@ class TiledSettings(Measured):
         "little weight, which shifts the whole picture.",
     )
 
+    tiled_path: Literal["auto", "torch", "triton"] = setting(
+        "auto",
+        Group.MEMORY,
+        "What computes it. auto takes the Triton kernels where CUDA and Triton are there and the "
+        "call is of bf16 or fp16, else torch. Both compute the same approximation.",
+        title="path",
+        advanced=True,
+    )
     memory_reserve: bool = reserve_setting()
     memory_reserve_factor: float = reserve_factor_setting()

@@ -9,6 +9,7 @@ import torch
 
 from . import blocks, kernel
 from .centring import Centred, centre
+from .mass import log_mass
 from .projection import factors
 
 
@@ -56,10 +57,12 @@ class Attended:
         out: ``[B, H, Nq, Dv]`` in the query's dtype.
         denominator: ``[B, H · heads_per_head, Nq, 1]`` float32 (float64 for float64 input), over
             the sum of the key weights: what exp averages to, 1 where all logits are 0.
+        log_mass: ``[B, H, S]`` float32, see `log_mass`; None where it wasn't asked for.
     """
 
     out: torch.Tensor
     denominator: torch.Tensor
+    log_mass: torch.Tensor | None = None
 
 
 @runtime_checkable
@@ -166,6 +169,8 @@ def prepare(
         centred.value,
         centred.weights,
         centred.value_mean,
+        centred.key_mean,
+        centred.log_factor,
     )
 
 
@@ -179,8 +184,9 @@ def _attend_some(
     options: Options,
     eps: float,
     sums: blocks.Sums,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`taylor_attention` of a few heads: output and relative denominators, not yet merged."""
+    log_mass_rows: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`taylor_attention` of a few heads, not yet merged: output, denominators, log mass."""
     ready = prepare(query, key, value, scale, weights, options)
     numerator, denominator = blocks.shared_sums(
         sums,
@@ -201,7 +207,11 @@ def _attend_some(
     numerator = numerator.div_(denominator.clamp_min(eps) * mass)
     if ready.value_mean is not None:
         numerator = numerator.add_(ready.value_mean)
-    return numerator, denominator
+    if log_mass_rows is None:
+        return numerator, denominator, None
+    rows = query.index_select(2, log_mass_rows)
+    series = denominator.index_select(2, log_mass_rows)
+    return numerator, denominator, log_mass(series, mass, rows, scale, ready, eps)
 
 
 @torch.no_grad()
@@ -216,6 +226,7 @@ def taylor_attention(
     options: Options | None = None,
     eps: float = 1e-6,
     sums: blocks.Sums = kernel.sums,
+    log_mass_rows: torch.Tensor | None = None,
 ) -> Attended:
     """Attention with exp replaced by its first ``terms`` terms, a few heads at a time.
 
@@ -230,6 +241,9 @@ def taylor_attention(
         options: centring, projection, blocks; their defaults where left out.
         eps: least denominator by which is divided, relative to the sum of the key weights.
         sums: what computes the sums.
+        log_mass_rows: ``[S]`` int64, queries whose log mass is wanted; None for none. Independent
+            blocks have a denominator each, and none that stands for the whole head: they give no
+            log mass.
 
     Raises:
         ValueError: ``terms`` or the sub-head blocks don't fit.
@@ -248,6 +262,11 @@ def taylor_attention(
     else:
         per_head = head_bytes(queries, keys, head_dim, value_dim, options, dtype.itemsize)
     limit = kernel.budget(query.device).heads
+    masses = None
+    if parts > 1:
+        log_mass_rows = None
+    elif log_mass_rows is not None:
+        masses = query.new_empty(batch, heads, log_mass_rows.shape[0], dtype=torch.float32)
     for rows, some in kernel.head_groups(batch, heads, per_head, limit):
         split_heads = slice(some.start * parts, some.stop * parts)
         if whole is not None:
@@ -266,7 +285,7 @@ def taylor_attention(
         if weights is not None:
             chosen = weights[rows if weights.shape[0] > 1 else slice(None)]
             chosen = chosen[:, some if weights.shape[1] > 1 else slice(None)]
-        numerator, denominator = _attend_some(
+        numerator, denominator, mass = _attend_some(
             query[rows, some],
             key[rows, some],
             value[rows, some],
@@ -276,9 +295,12 @@ def taylor_attention(
             options,
             eps,
             sums,
+            log_mass_rows,
         )
         out[rows, some] = blocks.merge(numerator, parts)
         denominators[rows, split_heads] = denominator
+        if masses is not None and mass is not None:
+            masses[rows, some] = mass
         # The next heads' copies come before these names are taken again.
         del numerator, denominator
-    return Attended(out, denominators)
+    return Attended(out, denominators, masses)

@@ -27,6 +27,9 @@ class Centred:
         value: ``[B, H, Nk, Dv]``, 0 where the weight was 0.
         weights: ``[B, H, Nk]``, or None for 1; the largest is at most 1 where queries are centred.
         value_mean: ``[B, H, 1, Dv]``, to add to the output; None where values aren't centred.
+        key_mean: ``[B, H, 1, D]``, what was taken from the keys; None where they aren't centred.
+        log_factor: ``[B, H, 1]``, log of what the weights were divided by so that the largest is
+            1; None where queries aren't centred.
     """
 
     query: torch.Tensor
@@ -34,6 +37,8 @@ class Centred:
     value: torch.Tensor
     weights: torch.Tensor | None
     value_mean: torch.Tensor | None
+    key_mean: torch.Tensor | None = None
+    log_factor: torch.Tensor | None = None
 
 
 def mean(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -55,7 +60,7 @@ def mean(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 
 def key_factor(
     query_mean: torch.Tensor, key: torch.Tensor, weights: torch.Tensor | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights that hold ``exp(q̄·k)``, up to a common factor per head, which attention ignores.
 
     The largest weight is 1, so that nothing overflows.
@@ -66,14 +71,14 @@ def key_factor(
         weights: see `mean`.
 
     Returns:
-        ``[B, H, Nk]``.
+        The weights, ``[B, H, Nk]``, and the log of the factor left out, ``[B, H, 1]``.
     """
     exponent = torch.matmul(key, query_mean.transpose(-2, -1)).squeeze(-1)
     if weights is not None:
         exponent = exponent + weights.log()
     # A head whose keys are all masked has no finite maximum; its weights are then all 0.
     top = exponent.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(exponent.dtype).min)
-    return torch.exp(exponent - top)
+    return torch.exp(exponent - top), top
 
 
 def centre(
@@ -102,16 +107,18 @@ def centre(
         dead = (weights == 0)[:, :, :, None]
         key.masked_fill_(dead, 0.0)
         value.masked_fill_(dead, 0.0)
+    key_mean = log_factor = None
     if keys:
-        key.sub_(mean(key, weights))
+        key_mean = mean(key, weights)
+        key.sub_(key_mean)
     if queries:
         query_mean = query.mean(dim=2, keepdim=True)
         query.sub_(query_mean)
-        weights = key_factor(query_mean, key, weights)
+        weights, log_factor = key_factor(query_mean, key, weights)
     value_mean = None
     if values:
         value_mean = mean(value, weights)
         value.sub_(value_mean)
     if weights is not None:
         weights = weights.expand(key.shape[:3])
-    return Centred(query, key, value, weights, value_mean)
+    return Centred(query, key, value, weights, value_mean, key_mean, log_factor)

@@ -20,7 +20,7 @@ from .blocks import Sums
 from .deferred import WorstByLayer
 from .dispatch import Choice
 from .features import feature_dim
-from .mass import log_mass
+from .mass import mask_offset
 from .memory import Shape, working_bytes
 from .paths import pick
 from .probe import least_denominator, probe_denominators
@@ -102,6 +102,7 @@ class TaylorVariant(Variant):
     name: ClassVar[str] = "taylor"
     title: ClassVar[str] = "Taylor"
     settings_model: ClassVar[type[VariantSettings]] = TaylorSettings
+    tells_log_mass: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))
@@ -246,6 +247,7 @@ class TaylorVariant(Variant):
             options=job.options,
             eps=settings.eps,
             sums=job.sums,
+            log_mass_rows=job.call.log_mass_rows,
         )
         bad = job.bad_share(attended.denominator)
         job.stats["denom_min"] = attended.denominator.min()
@@ -255,22 +257,9 @@ class TaylorVariant(Variant):
                 self._earlier.post(job.layer, job.call.step, bad)
             elif bool(bad > settings.denom_fallback_frac_limit):
                 return Result(None, Fallback.DENOMINATOR, "", job.stats)
-        mass = None
-        # Independent slices have a denominator each, and none that stands for the whole head.
-        rows = job.call.log_mass_rows
-        if rows is not None and job.options.heads_per_head == 1:
-            mass = log_mass(
-                attended.denominator,
-                rows,
-                shaped.query,
-                shaped.key,
-                shaped.scale,
-                job.call.mask,
-                job.weights,
-                centre_queries=settings.centre_queries,
-                centre_keys=settings.centre_keys,
-                eps=settings.eps,
-            )
+        mass = attended.log_mass
+        if mass is not None and job.call.mask is not None:
+            mass = mass + mask_offset(job.call.mask)
         effective = shaped if job.is_shaped else None
         return Result(attended.out, stats=job.stats, log_mass=mass, effective=effective)
 

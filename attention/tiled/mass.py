@@ -55,7 +55,7 @@ def log_mass(
         logits = space.take("logits", (heads, chosen.shape[1], columns))
         multiply(chosen, text_key.transpose(-2, -1), out=logits[..., :text])
         multiply(chosen, key.flatten(1, 2).transpose(-2, -1), out=logits[..., text:keys])
-        near = logits[..., text:keys].unflatten(-1, (count, SLOTS))
+        near = logits[..., text:keys].view(heads, -1, count, SLOTS)
         if not tiles.full:
             near.masked_fill_(dead, -math.inf)
         if pooled is not None and field.bias is not None and field.excluded is not None:

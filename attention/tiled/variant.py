@@ -13,9 +13,8 @@ from ..reservation import Reservation
 from ..settings import TiledSettings, VariantSettings
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
-from .attend import tiled_attention
+from . import dispatch
 from .far import tiles_sharing
-from .memory import working_bytes
 from .options import Options, picked_tiles, window_tiles
 from .tiles import SLOTS, tile_count
 
@@ -37,6 +36,7 @@ class TiledVariant(Variant):
     name: ClassVar[str] = "tiled"
     title: ClassVar[str] = "Tiled"
     settings_model: ClassVar[type[VariantSettings]] = TiledSettings
+    tells_log_mass: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))
@@ -77,15 +77,18 @@ class TiledVariant(Variant):
         if not layout.grids:
             return Result(None, Fallback.LAYOUT, "there are no image tokens", stats)
         options = options_of(settings)
-        self._make_room(query, value, layout, options, settings)
-        attended = tiled_attention(
-            query, key, value, call.scale, layout, options,
+        choice = dispatch.choose_for(settings.tiled_path, query, value, call.scale)
+        stats["sums_path"] = float(choice.code)
+        self._make_room(choice, query, value, layout, options, settings)
+        attended = dispatch.attend(
+            choice, query, key, value, call.scale, layout, options,
             log_mass_rows=call.log_mass_rows, dense=call.dense,
         )  # fmt: skip
         return Result(attended.out, stats=stats, log_mass=attended.log_mass)
 
     def _make_room(
         self,
+        choice: dispatch.Choice,
         query: torch.Tensor,
         value: torch.Tensor,
         layout: TokenLayout,
@@ -94,15 +97,11 @@ class TiledVariant(Variant):
     ) -> None:
         if not settings.memory_reserve:
             return
-        batch, heads, _, head_dim = query.shape
-        value_dim = value.shape[3]
         self._reservation.ask(
-            (tuple(query.shape), value_dim, query.dtype, layout, options),
+            (tuple(query.shape), value.shape[3], query.dtype, layout, options, choice.path),
             lambda: (
                 settings.memory_reserve_factor
-                * working_bytes(
-                    batch, heads, head_dim, value_dim, query.dtype, layout, options, query.device
-                )
+                * dispatch.working_bytes(choice, query, value, layout, options)
             ),
             query.device,
         )

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from attnscope.attention import metrics, quality
-from attnscope.attention.taylor.mass import log_mass
 
 SCALE = 0.25
 
@@ -90,20 +89,3 @@ def test_rounded_weights_cost_no_more_than_a_rounded_output(
     assert float(quality.nmse(out, exact)) < 5e-6
     assert float(quality.nmse(exact.to(torch.bfloat16), exact)) < 5e-6
     torch.testing.assert_close(mass.double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-5)
-
-
-def test_the_log_mass_keeps_its_digits_in_half_precision(
-    bfloat16_products: list[torch.dtype],
-) -> None:
-    q, k, _ = ((t + 1.0).to(torch.bfloat16) for t in tensors(512))
-    rows, ones = torch.arange(0, 512, 50), torch.ones(2, 2, 512, 1)
-
-    def mass(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return log_mass(
-            ones, rows, query, key, SCALE, None, None,
-            centre_queries=True, centre_keys=True, eps=1e-6,
-        )  # fmt: skip
-
-    found = mass(q, k)
-    assert len(bfloat16_products) == 1
-    torch.testing.assert_close(found, mass(q.float(), k.float()), rtol=0.0, atol=1e-3)

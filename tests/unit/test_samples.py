@@ -68,12 +68,12 @@ def test_all_queries_and_keys_sampled_give_the_full_metrics() -> None:
 def test_few_samples_come_near_the_full_metrics() -> None:
     q, k, v = tensors(512)
     exact = reference_attention(q, k, v, SCALE)
-    noise = torch.randn(exact.shape, dtype=exact.dtype, generator=torch.Generator().manual_seed(1))
-    out = exact + 0.1 * noise
+    noise = torch.Generator().manual_seed(1)
+    out = exact + 0.1 * torch.randn(exact.shape, dtype=exact.dtype, generator=noise)
     logits = q @ k.transpose(-2, -1) * SCALE
     stats = measured(q, k, v, out, SCALE, None, 64, 0)
     assert float(stats["nmse"]) == pytest.approx(float(nmse(out, exact)), rel=0.25)
-    assert float(stats["cosine"]) == pytest.approx(float(cosine(out, exact)), abs=0.02)
+    assert float(stats["cosine"]) == pytest.approx(float(cosine(out, exact)), abs=0.05)
     assert float(stats["qk_std"]) == pytest.approx(
         float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt()), rel=0.1
     )
@@ -238,7 +238,7 @@ def test_statistics_that_fail_leave_the_rest_of_a_call(
 MOST_LAUNCHES = {"exact": 2, "approximated": 11, "shaped": 21}
 """Operators of a call's sample in float32; every one more slows every call of every sampling."""
 
-MOST_LAUNCHES_OF_A_STEP = {"exact": 22, "approximated": 42, "shaped": 63}
+MOST_LAUNCHES_OF_A_STEP = {"exact": 17, "approximated": 37, "shaped": 58}
 """Whatever the number of calls in it."""
 
 
@@ -279,4 +279,4 @@ def test_what_the_log_mass_launches_and_that_it_does_not_wait() -> None:
             variant.attend(q, k, v, about)
         assert seen.waits == []
         launches.append(len(seen.launches))
-    assert 0 < launches[1] - launches[0] <= 17
+    assert 0 < launches[1] - launches[0] <= 12

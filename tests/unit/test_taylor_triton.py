@@ -4,13 +4,11 @@ import collections
 import importlib.util
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.triton_interpreter import run_interpreted
 
 from attnscope.attention.sums_paths import NAMES, SumsPath
 from attnscope.attention.taylor.dispatch import MIN_TOKENS, choose
@@ -24,25 +22,7 @@ CPU = torch.device("cpu")
     importlib.util.find_spec("triton") is None, reason="triton has no wheels for this platform"
 )
 def test_kernels_in_the_interpreter():
-    """Runs `triton_interpreted`, whose docstring says why it needs a process of its own."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "PYTEST_ADDOPTS": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
-        del environment[name]
-    file = Path(__file__).with_name("triton_interpreted.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_interpreted(Path(__file__).with_name("triton_interpreted.py"))
 
 
 def inverse_factorial(multiset):
