@@ -47,6 +47,7 @@ class TiledPath(IntEnum):
     TORCH_FEW_TOKENS = 35
     TORCH_WIDTH = 36
     TORCH_SCALE = 37
+    TORCH_OLD_GPU = 38
     TRITON = 40
 
 
@@ -70,6 +71,7 @@ NAMES: dict[int, str] = {
     TiledPath.TORCH_FEW_TOKENS: "torch (too few tokens to be worth a Triton kernel)",
     TiledPath.TORCH_WIDTH: "torch (head_dim or value_dim is too large for the Triton kernels)",
     TiledPath.TORCH_SCALE: "torch (the scale is not above 0)",
+    TiledPath.TORCH_OLD_GPU: "torch (the GPU is too old for the Triton kernels)",
     TiledPath.TRITON: "Triton kernels",
 }
 """For people; the word before the bracket is the path."""

@@ -22,6 +22,9 @@ PathSetting = Literal["auto", "torch", "triton"]
 MIN_TOKENS = 1024
 """Fewer tokens than this run in torch under ``auto``: the kernels' launches would cost more."""
 
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which the kernels run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -46,6 +49,7 @@ def choose(
     setting: PathSetting,
     *,
     device_type: str,
+    capability: tuple[int, int] | None,
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
@@ -57,6 +61,7 @@ def choose(
     Args:
         setting: what is asked for.
         device_type: of the tensors.
+        capability: compute capability of a CUDA device; None for another.
         dtype: of query, key and value.
         head_dim: D.
         value_dim: Dv.
@@ -77,6 +82,10 @@ def choose(
     refused = triton_plan.refusal(dtype, head_dim, value_dim, scale)
     if refused:
         return Choice(*refused)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        # Older ones lack bf16 and the shared memory that the kernels take.
+        words = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+        return Choice(TiledPath.TORCH_OLD_GPU, words)
     if setting == "auto" and dtype == torch.float32:
         # Three products of tf32 each spill registers; nobody has found them faster.
         words = "float32 runs in torch unless Triton is asked for"
@@ -91,9 +100,13 @@ def choose_for(
     setting: PathSetting, query: torch.Tensor, value: torch.Tensor, scale: float
 ) -> Choice:
     """`choose` for a call's tensors, ``[B, H, N, D]`` and ``[B, H, N, Dv]``."""
+    capability = None
+    if query.device.type == "cuda" and torch.version.cuda is not None:
+        capability = torch.cuda.get_device_capability(query.device)
     return choose(
         setting,
         device_type=query.device.type,
+        capability=capability,
         dtype=query.dtype,
         head_dim=query.shape[3],
         value_dim=value.shape[3],

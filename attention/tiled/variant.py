@@ -18,6 +18,10 @@ from .far import tiles_sharing
 from .options import Options, picked_tiles, window_tiles
 from .tiles import SLOTS, tile_count
 
+CPU_LEAST_TOKENS = 4096
+DEVICE_LEAST_TOKENS = 8192
+"""Where a call begins to be faster than exact, with room to spare: see ``docs/benchmarks.md``."""
+
 
 def options_of(settings: TiledSettings) -> Options:
     """The approximation that settings ask for."""
@@ -28,6 +32,13 @@ def options_of(settings: TiledSettings) -> Options:
         block=int(settings.centroid_size),
         correction=settings.variance_correction,
     )
+
+
+def least_tokens(settings: TiledSettings, device: torch.device) -> int:
+    """The least tokens of a call that is tiled."""
+    if settings.min_tokens >= 0:
+        return settings.min_tokens
+    return CPU_LEAST_TOKENS if device.type == "cpu" else DEVICE_LEAST_TOKENS
 
 
 class TiledVariant(Variant):
@@ -50,7 +61,7 @@ class TiledVariant(Variant):
             return Gate.DISABLED
         queries, keys = query.shape[2], key.shape[2]
         return (
-            gates.tokens(queries, keys, settings.min_tokens)
+            gates.tokens(queries, keys, least_tokens(settings, query.device))
             or gates.cross_attention(queries, keys, allowed=False)
             or gates.dense_steps(call.step, settings.dense_first_steps)
             or gates.sigma(call.sigma, settings.tiled_sigma_max)

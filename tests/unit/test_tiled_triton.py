@@ -31,6 +31,7 @@ def test_kernels_in_the_interpreter() -> None:
 def choice(setting: Any = "auto", **changes: Any) -> Choice:
     given = {
         "device_type": "cuda",
+        "capability": (9, 0),
         "dtype": torch.bfloat16,
         "head_dim": 128,
         "value_dim": 128,
@@ -53,6 +54,8 @@ def choice(setting: Any = "auto", **changes: Any) -> Choice:
         ("auto", {"head_dim": 160}, TiledPath.TORCH_WIDTH, "head_dim 160"),
         ("triton", {"value_dim": 256}, TiledPath.TORCH_WIDTH, "value width 256"),
         ("triton", {"scale": 0.0}, TiledPath.TORCH_SCALE, "scale 0.0"),
+        ("triton", {"capability": (7, 5)}, TiledPath.TORCH_OLD_GPU, "compute capability (7, 5)"),
+        ("auto", {"capability": (8, 6)}, TiledPath.TRITON, ""),
         ("torch", {}, TiledPath.TORCH, ""),
     ],
 )
