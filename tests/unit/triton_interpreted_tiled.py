@@ -99,6 +99,25 @@ def test_the_kernels_compute_the_definition(
     assert nmse(exact, wanted.out) > 10 * BOUND[dtype]
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 400])])
+def test_text_goes_through_what_is_given_for_it(rows: torch.Tensor | None) -> None:
+    given, options = tensors(PLAIN), Options(radius=0)
+    own = run(given, PLAIN, options, log_mass_rows=rows)
+    seen = []
+
+    def dense(*tensors: torch.Tensor) -> torch.Tensor:
+        seen.append([x.shape[2] for x in tensors])
+        return torch.full((1, 1, 20, 32), 7.0)
+
+    found = run(given, PLAIN, options, log_mass_rows=rows, dense=dense)
+    assert seen == [[20, PLAIN.tokens, PLAIN.tokens]]
+    assert bool((found.out[:, :, :20] == 7.0).all())
+    assert torch.equal(found.out[:, :, 20:], own.out[:, :, 20:])
+    if rows is not None:
+        assert found.log_mass is not None and own.log_mass is not None
+        assert torch.equal(found.log_mass, own.log_mass)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO])
 @pytest.mark.parametrize("layout", [PLAIN, RAGGED])
 def test_the_log_mass_is_the_references_text_included(layout: TokenLayout, config: Config) -> None:
