@@ -28,6 +28,10 @@ class LayerId:
 Reserve = Callable[[int, torch.device], None]
 """Asks whoever manages a device's memory to make room for so many bytes."""
 
+Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Exact attention, without a mask and at the call's scale: ``[B, H, n, D]``, ``[B, H, Nk, D]`` and
+``[B, H, Nk, Dv]`` to ``[B, H, n, Dv]``."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
@@ -72,6 +76,7 @@ class Call:
     log_mass_rows: torch.Tensor | None = None
     layout: TokenLayout | None = None
     pre_rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    dense: Dense | None = None
 
 
 @dataclass(frozen=True, slots=True)

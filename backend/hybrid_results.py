@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,8 +32,6 @@ from ..wire import (
 VARIANT = "hybrid"
 LAYER = "unknown.0"
 """A line is about the whole model."""
-
-MOST_SAMPLES = 2048
 
 _NAMESPACE = uuid.UUID("6d2a5a0e-2f3b-4a53-9a3f-5a2f3f0c9d11")
 
@@ -113,8 +111,8 @@ def read_line(text: bytes) -> tuple[Result, HybridSettings]:
     try:
         result = Result.model_validate_json(text)
         known = {name: v for name, v in result.config.items() if name in _NAMES}
-        if "combine" not in known:
-            known |= _older(known)
+        # The older pack had one form, and no setting for it.
+        known.setdefault("combine", "additive")
         return result, HybridSettings.model_validate(known, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -125,16 +123,6 @@ def read_line(text: bytes) -> tuple[Result, HybridSettings]:
 
 
 _NAMES = frozenset(HybridSettings.model_fields)
-
-
-def _older(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the older pack did without a setting, and what it called otherwise."""
-    adapted: dict[str, Any] = {"combine": "additive"}
-    samples = config.get("pca_samples")
-    if type(samples) is int and not 1 <= samples <= MOST_SAMPLES:
-        # There 0 took all tokens.
-        adapted["pca_samples"] = MOST_SAMPLES
-    return adapted
 
 
 def events_of(text: bytes) -> tuple[InstanceInfo, list[AnyEvent]]:

@@ -27,7 +27,8 @@ import torch
 from attnscope.attention.structured import structured_qkv
 from attnscope.attention.taylor.triton_support import unavailable
 from attnscope.attention.tiled import triton_attend, triton_job, triton_pool
-from attnscope.attention.tiled.attend import Attended, Options, tiled_attention
+from attnscope.attention.tiled.attend import Attended, tiled_attention
+from attnscope.attention.tiled.options import Options
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_plan import Config, default_config
 from attnscope.attention.token_layout import TokenLayout
@@ -171,17 +172,18 @@ class Check:
     def run(self, name: str) -> bool:
         query, key, value = heads_of(self.layout, 2, self.dtype, self.width)
         scale = self.width**-0.5
+        every = torch.arange(self.layout.tokens, device=query.device)
 
         def call(mass: bool) -> Attended:
             return tiled_attention_triton(
                 query, key, value, scale, self.layout, self.options,
-                wants_log_mass=mass, config=self.config,
+                log_mass_rows=every if mass else None, config=self.config,
             )  # fmt: skip
 
         found, again, with_mass = call(False), call(False), call(True)
         wanted = tiled_attention(
             query.double(), key.double(), value.double(), scale, self.layout, self.options,
-            wants_log_mass=True,
+            log_mass_rows=every,
         )  # fmt: skip
         exact = sdpa_scaled(query, key, value, scale)
         assert with_mass.log_mass is not None and wanted.log_mass is not None

@@ -26,13 +26,13 @@ from ..attention.registry import VARIANTS
 from ..attention.samples import sample_call
 from ..attention.settings import VariantSettings
 from ..attention.token_layout import TokenLayout
-from ..attention.variant import Call, LayerId, Result, RunInfo
+from ..attention.variant import Call, Dense, LayerId, Result, RunInfo
 from .capture import capture_for
 from .clocks import clock_for
 from .config import Config
 from .identity import find_place, model_info, sampler_function, sampling_info, with_recipe
 from .images import Previews
-from .layouts import AttentionCall, Unreadable, read_call
+from .layouts import OWN_ARGUMENTS, AttentionCall, Unreadable, read_call
 from .memory import reserve_for
 from .plugin import get_plugin
 from .pre_rope import OPTION as PRE_ROPE
@@ -393,7 +393,7 @@ class AttentionHook:
         run = self._run
         timed = run.records and run.clock.measures_calls
         start = run.clock.mark() if timed else None
-        attempt = self._attempt(args, kwargs)
+        attempt = self._attempt(func, args, kwargs)
         out = attempt.out
         if out is None:
             returned = self._exact(func, args, kwargs)
@@ -421,7 +421,28 @@ class AttentionHook:
             return self._earlier(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attempt(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Attempt:
+    def _dense(self, func: Callable[..., Any], kwargs: Mapping[str, Any]) -> Dense | None:
+        """The other node's attention, for what a variant attends to exactly."""
+        earlier = self._earlier
+        if earlier is None:
+            return None
+        shared = {name: value for name, value in kwargs.items() if name not in OWN_ARGUMENTS}
+
+        def dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = earlier(
+                func, query, key, value, query.shape[1],
+                skip_reshape=True, skip_output_reshape=True, **shared,
+            )  # fmt: skip
+            if out.ndim == 3:
+                # Not all overrides know `skip_output_reshape`.
+                out = out.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+            return out
+
+        return dense
+
+    def _attempt(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> _Attempt:
         attempt = _Attempt()
         run = self._run
         try:
@@ -441,6 +462,7 @@ class AttentionHook:
                 log_mass_rows=_sampled_rows(run, call.query),
                 layout=attempt.layout,
                 pre_rope=None if self._pre_rope is None else self._pre_rope.of(call),
+                dense=self._dense(func, kwargs),
             )
             gate = run.variant.gate(call.query, call.key, about)
             if gate is not None:

@@ -15,6 +15,9 @@ _POSITIONS = (
     "q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape"
 )  # fmt: skip
 
+OWN_ARGUMENTS = frozenset(_POSITIONS) - {"attn_precision"}
+"""What a call with other tensors has of its own; other arguments it takes over."""
+
 _KNOWN = frozenset(_POSITIONS) | {
     "scale",
     "transformer_options",

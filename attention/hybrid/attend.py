@@ -10,6 +10,7 @@ import torch
 
 from ..taylor import kernel
 from ..taylor.features import feature_dim
+from ..taylor.shaping import NormRule
 from .basis import Basis
 from .far import FarSums, Low, lower
 from .means import Means, Tokens, means
@@ -33,6 +34,7 @@ class Form:
         rank: coordinates of the series.
         scale: factor on q·k of the global part.
         centre: whether means are taken out.
+        norm: how norms of projected query and key change.
         wide: whether the global part is computed in float32.
         eps: relative denominators at or below it are bad.
         combine: see `settings.HybridSettings`.
@@ -46,6 +48,7 @@ class Form:
     rank: int
     scale: float
     centre: bool
+    norm: NormRule
     wide: bool
     eps: float
     combine: Literal["joint", "additive"]
@@ -168,10 +171,42 @@ def _local(
 def _groups(value: torch.Tensor, form: Form, size: int) -> Iterator[tuple[slice, slice]]:
     """Batch rows and heads whose sums and copies are held at a time."""
     batch, heads, tokens, value_dim = value.shape
+    held = size * _held(tokens, value_dim, form)
+    return kernel.head_groups(batch, heads, held, kernel.budget(value.device).heads)
+
+
+def _held(tokens: int, value_dim: int, form: Form) -> int:
+    """Numbers that a head's sums and copies are, about."""
     features = feature_dim(form.rank, form.terms)
     held = 3 * features * (value_dim + 1) + 3 * form.chunk * features
-    held += tokens * (2 * value.shape[3] + 2 * form.rank + value_dim + 1)
-    return kernel.head_groups(batch, heads, size * held, kernel.budget(value.device).heads)
+    return held + tokens * (3 * value_dim + 2 * form.rank + 1)
+
+
+def heads_at_a_time(
+    batch: int,
+    heads: int,
+    tokens: int,
+    value_dim: int,
+    form: Form,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """How many heads of how many pictures are in few coordinates at a time.
+
+    Args:
+        batch: B.
+        heads: H.
+        tokens: that the global part sees.
+        value_dim: Dv.
+        form: of the call.
+        dtype: of the input.
+        device: where.
+    """
+    size = kernel.accumulation_dtype(dtype).itemsize
+    held = size * _held(tokens, value_dim, form)
+    rows, some = next(kernel.head_groups(batch, heads, held, kernel.budget(device).heads))
+    count: int = (rows.stop - rows.start) * (some.stop - some.start)
+    return count
 
 
 def _join(
@@ -215,6 +250,8 @@ def _join(
             least.append(far.relative.min())
             bad.append((~(far.relative > form.eps)).sum())
             count += far.relative.numel()
+        # Or they would be held while those of the next heads are made.
+        del low, sums
     if not count:
         return Attended(out, mass, None, None)
     return Attended(out, mass, torch.stack(least).min(), torch.stack(bad).sum().float() / count)
@@ -228,7 +265,7 @@ def _lowered(
     basis = find_basis(tokens.query, tokens.key, tokens.mean, narrow)
     for batch, heads in _groups(tokens.value, form, dtype.itemsize):
         some = Basis(basis.of_query[:, heads], basis.of_key[:, heads], basis.fitted)
-        yield batch, heads, lower(tokens.of(batch, heads), form.scale, some, narrow)
+        yield batch, heads, lower(tokens.of(batch, heads), form.scale, some, form.norm, narrow)
 
 
 def _add_global(out: torch.Tensor, tokens: Tokens, form: Form, find_basis: FindBasis) -> Attended:
@@ -248,4 +285,6 @@ def _add_global(out: torch.Tensor, tokens: Tokens, form: Form, find_basis: FindB
         least.append(relative.min())
         bad.append((~good).sum())
         count += good.numel()
+        # Or they would be held while those of the next heads are made.
+        del low, weights, both, relative, good, divided, part
     return Attended(out, None, torch.stack(least).min(), torch.stack(bad).sum().float() / count)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..quality import sampled_indices
-from ..taylor.projection import factors
+from ..taylor import kernel
+from ..taylor.projection import factors_of, regularised
 from .means import Means
 
 log = logging.getLogger("attnscope")
@@ -65,21 +66,51 @@ def fit(key: Key, query: torch.Tensor, keys: torch.Tensor, mean: Means, samples:
         query: ``[B, H, N, D]``, any floating dtype.
         keys: ``[B, H, N, D]``.
         mean: that is taken out of both.
-        samples: tokens of each picture that are looked at.
+        samples: tokens of each picture that are looked at; 0 for all.
 
     Returns:
         `identity` where there are fewer samples than coordinates to find.
     """
-    rows = sampled_indices(query.shape[2], samples, 0, query.device)
-    if len(rows) * query.shape[0] < max(2, key.rank):
+    tokens = query.shape[2]
+    count = min(samples, tokens) if samples else tokens
+    if count * query.shape[0] < max(2, key.rank):
         return identity(key)
-
-    def gathered(x: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        some = x.index_select(2, rows).to(middle.dtype) - middle
-        return some.transpose(0, 1).reshape(1, key.heads, -1, key.head_dim)
-
-    a, b = factors(gathered(query, mean.query), gathered(keys, mean.key), None, key.rank)
+    rows = sampled_indices(tokens, count, 0, query.device) if count < tokens else None
+    a, b = factors_of(
+        regularised(_moment(query, mean.query, rows)),
+        regularised(_moment(keys, mean.key, rows)),
+        key.rank,
+    )
     return Basis(a.to(key.dtype), b.to(key.dtype), fitted=True)
+
+
+def rows_at_a_time(heads: int, width: int, size: int, device: torch.device) -> int:
+    """Tokens whose copies `fit` holds at a time.
+
+    Args:
+        heads: H.
+        width: D.
+        size: bytes of a number.
+        device: where.
+    """
+    return max(16, kernel.budget(device).block // (3 * heads * width * size))
+
+
+def _moment(x: torch.Tensor, mean: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Σ (x - mean)·(x - mean)ᵀ over pictures and rows, ``[1, H, D, D]``; all rows for None."""
+    heads, tokens, width = x.shape[1:]
+    total = mean.new_zeros(heads, width, width)
+    step = rows_at_a_time(heads, width, mean.element_size(), x.device)
+    count = tokens if rows is None else len(rows)
+    for picture, middle in zip(x, mean):  # noqa: B905
+        for first in range(0, count, step):
+            if rows is None:
+                some = picture[:, first : first + step]
+            else:
+                some = picture.index_select(1, rows[first : first + step])
+            some = some.to(mean.dtype) - middle
+            total.baddbmm_(some.transpose(-2, -1), some)
+    return total.unsqueeze(0)
 
 
 class Bases:

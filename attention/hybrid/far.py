@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..taylor.features import base_weights
+from ..taylor.shaping import NormRule
 from .basis import Basis
 from .means import Tokens
 from .monomials import monomials
@@ -45,13 +46,14 @@ class Low:
     log_factor: torch.Tensor
 
 
-def lower(tokens: Tokens, scale: float, basis: Basis, dtype: torch.dtype) -> Low:
+def lower(tokens: Tokens, scale: float, basis: Basis, norm: NormRule, dtype: torch.dtype) -> Low:
     """Centre and project some heads.
 
     Args:
         tokens: of these heads.
         scale: factor on q·k; may be negative.
         basis: of these heads, fitted to ``q - q̄`` and ``k - k̄``.
+        norm: how norms change in the few coordinates, before the scale.
         dtype: of features and values.
     """
     mean, turned = tokens.mean, tokens.turned_mean
@@ -68,9 +70,11 @@ def lower(tokens: Tokens, scale: float, basis: Basis, dtype: torch.dtype) -> Low
     values = torch.cat([tokens.value.to(wide) * weights, weights], dim=-1).to(dtype)
     root = abs(scale) ** 0.5
     sign = root if scale >= 0 else -root
-    query = torch.matmul((tokens.query - mean.query) * sign, basis.of_query.to(wide))
-    key = torch.matmul((tokens.key - mean.key) * root, basis.of_key.to(wide))
-    return Low(query.to(dtype), key.to(dtype), values, factor + top)
+    query = torch.matmul(tokens.query - mean.query, basis.of_query.to(wide))
+    key = torch.matmul(tokens.key - mean.key, basis.of_key.to(wide))
+    if norm.changes:
+        query, key = norm.apply(query), norm.apply(key)
+    return Low((query * sign).to(dtype), (key * root).to(dtype), values, factor + top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +156,5 @@ class FarSums:
             features = monomials(self._low.key[:, :, some], self._terms)
             part = torch.matmul(features.transpose(-2, -1), self._low.values[:, :, some])
             sums.add_(part, alpha=sign)
+            # Or they would be held while the next ones are made.
+            del features, part

@@ -64,16 +64,53 @@ def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: fl
     return torch.cat(outs, dim=2).to(query.dtype), torch.cat(masses, dim=2)
 
 
+def working_bytes(
+    rows: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """What `attend_with_mass` allocates, its outcome included.
+
+    Args:
+        rows: B·H.
+        queries: Nq.
+        keys: Nk.
+        head_dim: D.
+        value_dim: Dv.
+        dtype: of query, key and value.
+        device: where.
+    """
+    size = 8 if dtype == torch.float64 else 4
+    outcome = rows * queries * (value_dim * dtype.itemsize + size)
+    if _operator(head_dim, value_dim, dtype, device) is not None:
+        return outcome
+    copies = rows * keys * (head_dim + value_dim) * size if dtype.itemsize < size else 0
+    step = min(queries, max(1, _LOGITS_BYTES // max(1, rows * keys * size)))
+    # Of a block: logits, and queries times the scale or what becomes of the values.
+    block = rows * step * size * (keys + max(head_dim, value_dim))
+    return outcome + copies + block + rows * queries * value_dim * size
+
+
 def _fused(
     query: torch.Tensor, value: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Both] | None:
-    if value.shape[3] != query.shape[3]:
+    return _operator(query.shape[3], value.shape[3], query.dtype, query.device)
+
+
+def _operator(
+    head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Both] | None:
+    if value_dim != head_dim:
         return None
-    if query.device.type == "cpu":
+    if device.type == "cpu":
         return _cpu
-    if query.device.type != "cuda" or query.dtype == torch.float64 or query.shape[3] % 8:
+    if device.type != "cuda" or dtype == torch.float64 or head_dim % 8:
         return None
-    return _efficient if query.dtype == torch.float32 else _flash
+    return _efficient if dtype == torch.float32 else _flash
 
 
 def _cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Both:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, cast
 
 import torch
 
 from .. import gates
 from ..reasons import Fallback, Gate
+from ..reservation import Reservation
 from ..settings import HybridSettings, VariantSettings
 from ..taylor.attend import Options
 from ..taylor.features import feature_dim
 from ..taylor.probe import least_denominator
+from ..taylor.shaping import NormRule
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from . import schedules
 from .attend import Form, hybrid_attention
 from .basis import Bases, Basis, Key, identity
 from .means import Means
+from .memory import Shape, working_bytes
 
 
 class HybridVariant(Variant):
@@ -35,6 +39,7 @@ class HybridVariant(Variant):
 
     def prepare(self, run: RunInfo) -> None:
         self._bases = Bases()
+        self._reservation = Reservation(run.reserve)
 
     def gate(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> Gate | None:
         settings = cast(HybridSettings, call.settings)
@@ -86,16 +91,21 @@ class HybridVariant(Variant):
             rank=rank,
             scale=call.scale * settings.global_scale_mul,
             centre=settings.global_centre,
+            norm=NormRule(settings.global_norm_power, settings.global_norm_clip),
             wide=settings.force_fp32,
             eps=settings.eps,
             combine=settings.combine,
         )
 
+        fits = rank < head_dim and settings.use_pca
+        if settings.memory_reserve:
+            self._make_room(query, value, form, fits, settings.memory_reserve_factor)
+
         def find_basis(
             query: torch.Tensor, key: torch.Tensor, mean: Means, dtype: torch.dtype
         ) -> Basis:
             which = Key(str(call.layer), query.shape[1], head_dim, rank, dtype, query.device)
-            if rank == head_dim or not settings.use_pca:
+            if not fits:
                 return identity(which)
             named = call.layer is not None
             return self._bases.find(which, query, key, mean, settings.pca_samples, named=named)
@@ -111,6 +121,19 @@ class HybridVariant(Variant):
         if attended.log_mass is not None and call.log_mass_rows is not None:
             log_mass = attended.log_mass.index_select(2, call.log_mass_rows)
         return Result(attended.out, stats=stats, log_mass=log_mass)
+
+    def _make_room(
+        self, query: torch.Tensor, value: torch.Tensor, form: Form, fits: bool, factor: float
+    ) -> None:
+        batch, heads, tokens, head_dim = query.shape
+        shape = Shape(batch, heads, tokens, head_dim, value.shape[3])
+        # How much the global part weighs follows sigma, and costs nothing.
+        form = replace(form, weight=float(form.weight > 0.0))
+        self._reservation.ask(
+            (shape, query.dtype, form, fits),
+            lambda: factor * working_bytes(shape, query.dtype, form, query.device, fits=fits),
+            query.device,
+        )
 
     @classmethod
     def flops(

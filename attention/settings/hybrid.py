@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from .base import Group, Measured, setting
+from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
 
 _WINDOW = "0 means all tokens."
 
@@ -183,6 +183,25 @@ class HybridSettings(Measured):
         le=4.0,
         step=0.01,
     )
+    global_norm_power: float = setting(
+        0.0,
+        Group.GLOBAL,
+        "Divide every query and key of the series by this power of its norm n in the coordinates "
+        "that are kept, which leaves n^(1 - power). 0 changes nothing, 1 normalizes. It keeps the "
+        "series in its range and changes what it stands for.",
+        ge=0.0,
+        le=1.0,
+        step=0.01,
+    )
+    global_norm_clip: float = setting(
+        0.0,
+        Group.GLOBAL,
+        "Largest norm that a query or key of the series is left with, after the norm power. 0 "
+        "sets no limit.",
+        ge=0.0,
+        le=1000.0,
+        step=0.1,
+    )
     global_centre: bool = setting(
         True,
         Group.GLOBAL,
@@ -201,11 +220,12 @@ class HybridSettings(Measured):
     pca_samples: int = setting(
         2048,
         Group.GLOBAL,
-        "Queries and keys of each picture that the coordinates are chosen by.",
+        "Queries and keys of each picture that the coordinates are chosen by. 0 takes all; they "
+        "are looked at a few at a time, so that more cost time, not memory.",
         title="PCA samples",
         unit="tokens",
-        ge=1,
-        le=2048,
+        ge=0,
+        le=65_536,
         advanced=True,
     )
 
@@ -253,6 +273,9 @@ class HybridSettings(Measured):
         le=1_000_000_000,
         advanced=True,
     )
+
+    memory_reserve: bool = reserve_setting()
+    memory_reserve_factor: float = reserve_factor_setting()
 
     log_quality_stats: bool = setting(
         True,

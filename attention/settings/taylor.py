@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from .base import Group, Measured, setting
+from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
 
 
 class TaylorSettings(Measured):
@@ -247,21 +247,8 @@ class TaylorSettings(Measured):
         ge=1,
         le=1_000_000_000,
     )
-    memory_reserve: bool = setting(
-        True,
-        Group.MEMORY,
-        "Before the first call of each shape ask ComfyUI to make room for what the call will "
-        "need, which unloads models that this sampling doesn't use.",
-    )
-    memory_reserve_factor: float = setting(
-        1.1,
-        Group.MEMORY,
-        "Room asked for, as a multiple of the estimate.",
-        ge=1.0,
-        le=4.0,
-        step=0.05,
-        advanced=True,
-    )
+    memory_reserve: bool = reserve_setting()
+    memory_reserve_factor: float = reserve_factor_setting()
     block_size_q: int = setting(
         0,
         Group.MEMORY,

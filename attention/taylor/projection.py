@@ -50,13 +50,17 @@ def second_moment(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor
         x = x.index_select(2, rows)
         weights = None if weights is None else weights.index_select(2, rows)
     left = x if weights is None else x * weights[:, :, :, None]
-    moment = torch.matmul(left.transpose(-2, -1), x)
+    return regularised(torch.matmul(left.transpose(-2, -1), x))
+
+
+def regularised(moment: torch.Tensor) -> torch.Tensor:
+    """Second moments ``[..., D, D]`` of trace 1 and a little more, whatever their scale was."""
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    tiny = torch.finfo(x.dtype).tiny
+    tiny = torch.finfo(moment.dtype).tiny
     moment = moment / trace.clamp_min(tiny)
     # Keeps the Cholesky factors finite where a head has fewer directions than coordinates.
-    eye = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
-    return moment + eye * (torch.finfo(x.dtype).eps * 10.0)
+    eye = torch.eye(moment.shape[-1], device=moment.device, dtype=moment.dtype)
+    return moment + eye * (torch.finfo(moment.dtype).eps * 10.0)
 
 
 def _cholesky(gram: torch.Tensor) -> torch.Tensor:
@@ -100,8 +104,15 @@ def factors(
     head_dim = query.shape[-1]
     if not 1 <= rank <= head_dim:
         raise ValueError(f"feature_projection: {rank} is not allowed; allowed: 1 to {head_dim}")
-    of_query, of_key = second_moment(query, None), second_moment(key, weights)
-    basis = start(head_dim, rank, query.device, query.dtype).expand(*query.shape[:2], -1, -1)
+    return factors_of(second_moment(query, None), second_moment(key, weights), rank)
+
+
+def factors_of(
+    of_query: torch.Tensor, of_key: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`factors` of second moments ``[B, H, D, D]``, both of them `regularised`."""
+    basis = start(of_query.shape[-1], rank, of_query.device, of_query.dtype)
+    basis = basis.expand(*of_query.shape[:2], -1, -1)
     for _ in range(ITERATIONS):
         basis = _orthonormal(torch.matmul(of_query, torch.matmul(of_key, basis)))
     left = torch.matmul(of_key, basis)

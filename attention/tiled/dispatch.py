@@ -7,10 +7,13 @@ from typing import Literal
 
 import torch
 
-from ..taylor.triton_support import unavailable
+from ..sums_paths import TiledPath
+from ..taylor.triton_support import triton_installed, unavailable
 from ..token_layout import TokenLayout
+from ..variant import Dense
 from . import memory, triton_plan
-from .attend import Attended, Options, tiled_attention
+from .attend import Attended, tiled_attention
+from .options import Options
 from .triton_attend import tiled_attention_triton
 
 Path = Literal["torch", "triton"]
@@ -28,13 +31,18 @@ class Choice:
     """The path to take.
 
     Attributes:
-        path: what runs.
+        code: the path, and what kind of reason kept the call from a better one.
         reason: why not what was asked for, or why ``auto`` took torch; empty where it is what
             was asked for, or the best there is.
     """
 
-    path: Path
+    code: TiledPath
     reason: str = ""
+
+    @property
+    def path(self) -> Path:
+        """What runs."""
+        return "triton" if self.code is TiledPath.TRITON else "torch"
 
 
 def choose(
@@ -66,19 +74,26 @@ def choose(
     if setting not in ("auto", "torch", "triton"):
         raise ValueError(f"tiled_path: unknown value {setting!r}; allowed: auto, torch, triton")
     if setting == "torch":
-        return Choice("torch")
-    reason = unavailable(device_type)
-    reason = reason or triton_plan.refusal(dtype, head_dim, value_dim, scale)
-    if not reason and capability is not None and capability < LEAST_CAPABILITY:
+        return Choice(TiledPath.TORCH)
+    missing = unavailable(device_type)
+    if missing:
+        installed = triton_installed()
+        return Choice(TiledPath.TORCH_NO_CUDA if installed else TiledPath.TORCH_NO_TRITON, missing)
+    refused = triton_plan.refusal(dtype, head_dim, value_dim, scale)
+    if refused:
+        return Choice(*refused)
+    if capability is not None and capability < LEAST_CAPABILITY:
         # Older ones lack bf16 and the shared memory that the kernels take.
-        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
-    if not reason and setting == "auto":
-        if dtype == torch.float32:
-            # Three products of tf32 each spill registers; nobody has found them faster.
-            reason = "float32 runs in torch unless Triton is asked for"
-        elif tokens < MIN_TOKENS:
-            reason = f"{tokens} tokens are fewer than {MIN_TOKENS}"
-    return Choice("torch", reason) if reason else Choice("triton")
+        words = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+        return Choice(TiledPath.TORCH_OLD_GPU, words)
+    if setting == "auto" and dtype == torch.float32:
+        # Three products of tf32 each spill registers; nobody has found them faster.
+        words = "float32 runs in torch unless Triton is asked for"
+        return Choice(TiledPath.TORCH_FLOAT32, words)
+    if setting == "auto" and tokens < MIN_TOKENS:
+        words = f"{tokens} tokens are fewer than {MIN_TOKENS}"
+        return Choice(TiledPath.TORCH_FEW_TOKENS, words)
+    return Choice(TiledPath.TRITON)
 
 
 def choose_for(
@@ -109,11 +124,12 @@ def attend(
     layout: TokenLayout,
     options: Options,
     *,
-    wants_log_mass: bool = False,
+    log_mass_rows: torch.Tensor | None = None,
+    dense: Dense | None = None,
 ) -> Attended:
     """`attend.tiled_attention` on the chosen path; arguments and errors are its."""
     run = tiled_attention_triton if choice.path == "triton" else tiled_attention
-    return run(query, key, value, scale, layout, options, wants_log_mass=wants_log_mass)
+    return run(query, key, value, scale, layout, options, log_mass_rows=log_mass_rows, dense=dense)
 
 
 def working_bytes(

@@ -6,7 +6,8 @@ import torch
 
 from ..taylor.kernel import accumulation_dtype
 from ..token_layout import TokenLayout
-from .attend import Options, heads_at_a_time, picked_tiles, sizes, window_tiles
+from .options import Options, picked_tiles, window_tiles
+from .sizes import heads_at_a_time, sizes
 from .tiles import SIDE, SLOTS, tile_count
 
 

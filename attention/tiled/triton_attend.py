@@ -9,13 +9,16 @@ equal inputs give equal bits.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from ..taylor.triton_support import interpreted
 from ..token_layout import TokenLayout
+from ..variant import Dense
 from . import far, select
-from .attend import Attended, Options
+from .attend import Attended
+from .options import Options
 from .triton_job import Job, head_runs, kernels, make_job, triton_dtype
 from .triton_plan import Config
 from .triton_pool import Spread, TritonPooled, pool_tiles, spreads
@@ -32,7 +35,8 @@ def tiled_attention_triton(
     layout: TokenLayout,
     options: Options,
     *,
-    wants_log_mass: bool = False,
+    log_mass_rows: torch.Tensor | None = None,
+    dense: Dense | None = None,
     config: Config | None = None,
 ) -> Attended:
     """As `attend.tiled_attention`, for float32, float16 and bfloat16.
@@ -48,7 +52,8 @@ def tiled_attention_triton(
         scale: factor on q·k, above 0.
         layout: of the N tokens, with a grid at least.
         options: how to approximate.
-        wants_log_mass: whether to compute `Attended.log_mass`.
+        log_mass_rows: ``[S]`` int64 on the query's device: of `Attended.log_mass`.
+        dense: attends text queries to all keys; None for torch's own, or the kernel.
         config: tile sizes; None chooses them.
 
     Raises:
@@ -56,19 +61,21 @@ def tiled_attention_triton(
     """
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     mass = None
-    if wants_log_mass:
+    if log_mass_rows is not None:
         mass = query.new_empty(query.shape[:3], dtype=torch.float32)
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         job = make_job(query, key, value, out, mass, scale, layout, options, config)
+        text = layout.text_tokens
         # Only the kernel knows the mass of text queries; SDPA is faster at the rest.
-        dense = layout.text_tokens > 0 and not wants_log_mass and not job.config.text_in_kernel
-        if dense:
-            text = layout.text_tokens
-            out[:, :, :text] = torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, :text], key, value, scale=scale
-            )
+        if dense is None and mass is None and not job.config.text_in_kernel:
+            dense = partial(torch.nn.functional.scaled_dot_product_attention, scale=scale)
+        skips = dense is not None and mass is None
         for first, count in head_runs(job):
-            attend_heads(job, first, count, skip_text=dense)
+            attend_heads(job, first, count, skip_text=skips)
+        if text and dense is not None:
+            out[:, :, :text] = dense(query[:, :, :text], key, value)
+    if mass is not None and log_mass_rows is not None:
+        mass = mass.index_select(2, log_mass_rows)
     return Attended(out, mass)
 
 

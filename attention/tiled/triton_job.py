@@ -11,7 +11,7 @@ import torch
 
 from ..taylor.triton_support import check_inputs, rows_contiguous
 from ..token_layout import TokenLayout
-from .attend import Options, picked_tiles, window_tiles
+from .options import Options, picked_tiles, window_tiles
 from .tiles import SLOTS, tile_count
 from .triton_plan import (
     Config,
@@ -115,9 +115,9 @@ def make_job(
         )
     if not layout.grids:
         raise ValueError("layout: holds no grid; allowed: one or more")
-    reason = refusal(query.dtype, query.shape[3], value.shape[3], scale)
-    if reason:
-        raise ValueError(f"Triton path: {reason}")
+    refused = refusal(query.dtype, query.shape[3], value.shape[3], scale)
+    if refused:
+        raise ValueError(f"Triton path: {refused[1]}")
     picks = picked_tiles(tile_count(layout), layout, options)
     config = config or default_config(query.dtype)
     table = tables(layout, options.radius, options.block, config.together, query.device)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..sums_paths import TiledPath
 from ..token_layout import TokenLayout
-from .attend import Options, picked_tiles
 from .far import tiles_sharing
+from .options import Options, picked_tiles
 from .tiles import SLOTS, tile_count
 
 MAX_WIDTH = 128
@@ -65,15 +66,19 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
-def refusal(dtype: torch.dtype, head_dim: int, value_dim: int, scale: float) -> str:
-    """Why the Triton path can't run a call; empty where it can."""
+def refusal(
+    dtype: torch.dtype, head_dim: int, value_dim: int, scale: float
+) -> tuple[TiledPath, str] | None:
+    """Why the Triton path can't run a call, as a code and in words; None where it can."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"Triton kernels take float32, float16 and bfloat16, not {dtype}"
+        words = f"Triton kernels take float32, float16 and bfloat16, not {dtype}"
+        return TiledPath.TORCH_DTYPE, words
     if max(head_dim, value_dim) > MAX_WIDTH:
-        return f"head_dim {head_dim} or value width {value_dim} is above {MAX_WIDTH}"
+        words = f"head_dim {head_dim} or value width {value_dim} is above {MAX_WIDTH}"
+        return TiledPath.TORCH_WIDTH, words
     if not scale > 0:
-        return f"scale {scale} is not above 0"
-    return ""
+        return TiledPath.TORCH_SCALE, f"scale {scale} is not above 0"
+    return None
 
 
 @dataclass(frozen=True, slots=True)

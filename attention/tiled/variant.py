@@ -14,9 +14,13 @@ from ..settings import TiledSettings, VariantSettings
 from ..token_layout import TokenLayout
 from ..variant import Call, Result, RunInfo, Variant
 from . import dispatch
-from .attend import Options, picked_tiles, window_tiles
 from .far import tiles_sharing
+from .options import Options, picked_tiles, window_tiles
 from .tiles import SLOTS, tile_count
+
+CPU_LEAST_TOKENS = 4096
+DEVICE_LEAST_TOKENS = 8192
+"""Where a call begins to be faster than exact, with room to spare: see ``docs/benchmarks.md``."""
 
 
 def options_of(settings: TiledSettings) -> Options:
@@ -28,6 +32,13 @@ def options_of(settings: TiledSettings) -> Options:
         block=int(settings.centroid_size),
         correction=settings.variance_correction,
     )
+
+
+def least_tokens(settings: TiledSettings, device: torch.device) -> int:
+    """The least tokens of a call that is tiled."""
+    if settings.min_tokens >= 0:
+        return settings.min_tokens
+    return CPU_LEAST_TOKENS if device.type == "cpu" else DEVICE_LEAST_TOKENS
 
 
 class TiledVariant(Variant):
@@ -50,7 +61,7 @@ class TiledVariant(Variant):
             return Gate.DISABLED
         queries, keys = query.shape[2], key.shape[2]
         return (
-            gates.tokens(queries, keys, settings.min_tokens)
+            gates.tokens(queries, keys, least_tokens(settings, query.device))
             or gates.cross_attention(queries, keys, allowed=False)
             or gates.dense_steps(call.step, settings.dense_first_steps)
             or gates.sigma(call.sigma, settings.tiled_sigma_max)
@@ -78,16 +89,13 @@ class TiledVariant(Variant):
             return Result(None, Fallback.LAYOUT, "there are no image tokens", stats)
         options = options_of(settings)
         choice = dispatch.choose_for(settings.tiled_path, query, value, call.scale)
+        stats["sums_path"] = float(choice.code)
         self._make_room(choice, query, value, layout, options, settings)
-        rows = call.log_mass_rows
         attended = dispatch.attend(
             choice, query, key, value, call.scale, layout, options,
-            wants_log_mass=rows is not None,
+            log_mass_rows=call.log_mass_rows, dense=call.dense,
         )  # fmt: skip
-        mass = attended.log_mass
-        if mass is not None and rows is not None:
-            mass = mass.index_select(2, rows)
-        return Result(attended.out, stats=stats, log_mass=mass)
+        return Result(attended.out, stats=stats, log_mass=attended.log_mass)
 
     def _make_room(
         self,

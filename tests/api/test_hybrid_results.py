@@ -38,7 +38,7 @@ OLDER = {
         "local_window_sigma_low": 0.0, "local_window_sigma_high": 0.0, "local_chunk": 256,
         "prefix_tokens": 512, "global_dim": 16, "global_P": 2, "global_weight": 0.1,
         "global_sigma_low": 0.0, "global_sigma_high": 0.0, "global_scale_mul": 1.0,
-        "global_norm_power": 0.0, "global_norm_clip": 0.0, "use_pca": True, "pca_samples": 2048,
+        "global_norm_power": 0.25, "global_norm_clip": 4.0, "use_pca": True, "pca_samples": 65536,
         "allow_cross_attention": True, "layer_start": -1, "layer_end": -1, "eps": 1e-6,
         "force_fp32": True,
     },
@@ -84,6 +84,9 @@ def test_lines_become_runs_once(api: Any, tmp_path: Path) -> None:
     assert older["settings"]["global_P"] == 2
     assert older["settings"]["prefix_tokens"] == 512
     assert older["settings"]["combine"] == "additive"
+    assert older["settings"]["global_norm_power"] == 0.25
+    assert older["settings"]["global_norm_clip"] == 4.0
+    assert older["settings"]["pca_samples"] == 65_536
     assert older["sampling"]["sigmas"] == [0.25, 0.0]
     assert older["duration_ms"] == pytest.approx(10_500.0)
 
@@ -129,3 +132,5 @@ def test_names_that_nobody_knows_are_passed_over(api: Any, tmp_path: Path) -> No
     }
     file = write(tmp_path / "results.jsonl", record)
     assert importing.import_file(api.services.config, file).stored == 3
+    (older,) = api.get("/runs")["items"]
+    assert older["settings"]["pca_samples"] == 0

@@ -11,6 +11,8 @@ import torch
 from attnscope.attention.exact import reference_attention
 from attnscope.attention.reasons import Gate
 from attnscope.attention.settings import TaylorSettings, VariantSettings
+from attnscope.attention.tiled.variant import TiledVariant
+from attnscope.attention.token_layout import TokenLayout
 from attnscope.attention.variant import Call, Result, RunInfo, Variant
 from attnscope.comfy_plugin.clocks import HostClock
 from attnscope.comfy_plugin.recorder import CallRecord
@@ -264,6 +266,35 @@ def test_an_earlier_override_is_the_exact_path(attention: Any) -> None:
         query, key, value, HEADS, skip_reshape=True, transformer_options=bench.options
     )
     assert seen == [True]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_dense_part_of_a_call_goes_through_an_earlier_override(
+    attention: Any, knows: bool
+) -> None:
+    """Text queries of the tiled variant, in ComfyUI's own calling convention."""
+    text, seen = 2, []
+
+    def earlier(func: Any, q: Any, k: Any, v: Any, heads: int, **kwargs: Any) -> Any:
+        seen.append((q.shape[2], k.shape[2], kwargs.get("mask")))
+        assert kwargs["transformer_options"]["block_index"] == 4
+        if not knows:
+            kwargs.pop("skip_output_reshape", None)
+        return func(q, k, v, heads, **kwargs) * 2
+
+    bench = Bench(earlier, TiledVariant(), min_tokens=0, dense_first_steps=0)
+    layout = TokenLayout(text, ((QUERIES - text, 1),))
+    bench.run.layouts.read = lambda *sizes: layout  # type: ignore[method-assign]
+    query = tensors()[0]
+    plain = attention.attention_pytorch(query, query, query, HEADS, skip_reshape=True)
+    out = attention.attention_pytorch(
+        query, query, query, HEADS, skip_reshape=True, transformer_options=bench.options
+    )
+    assert bench.last.made_by_variant, bench.last
+    assert seen == [(text, QUERIES, None)]
+    torch.testing.assert_close(out[:, :text], plain[:, :text] * 2)
+    # One tile, which is exact.
+    torch.testing.assert_close(out[:, text:], plain[:, text:])
 
 
 def _raising(error: BaseException) -> Callable[[torch.Tensor], Result]:

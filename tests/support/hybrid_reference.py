@@ -7,13 +7,14 @@ import math
 import torch
 
 from attnscope.attention.hybrid.attend import Form
+from attnscope.attention.taylor.shaping import NormRule
 
 
 def form(**changes: object) -> Form:
     """A form for small tensors."""
     values: dict[str, object] = dict(
         prefix=7, window=24, chunk=16, weight=1.0, terms=3, rank=8, scale=0.25, centre=True,
-        wide=True, eps=1e-6, combine="joint",
+        norm=NormRule(), wide=True, eps=1e-6, combine="joint",
     )  # fmt: skip
     return Form(**(values | changes))  # type: ignore[arg-type]
 
@@ -36,6 +37,15 @@ def near_mask(tokens: int, f: Form) -> torch.Tensor:
     return seen
 
 
+def changed(x: torch.Tensor, f: Form) -> torch.Tensor:
+    """Vectors of norm n at the norm min(clip, n^(1 - power))."""
+    norm = x.norm(dim=-1, keepdim=True)
+    wanted = norm ** (1.0 - f.norm.power)
+    if f.norm.clip:
+        wanted = wanted.clamp(max=f.norm.clip)
+    return x / norm * wanted
+
+
 def far_weights(
     query: torch.Tensor, key: torch.Tensor, pre: tuple[torch.Tensor, torch.Tensor],
     a: torch.Tensor, b: torch.Tensor, f: Form, skip: int,
@@ -44,7 +54,10 @@ def far_weights(
     parts = [x.double() for x in (*pre, query, key)]
     means = [x[:, :, skip:].mean(dim=2, keepdim=True) * f.centre for x in parts]
     q, k, turned_q, turned_k = parts
-    series_part = ((q - means[0]) @ a.double()) @ ((k - means[1]) @ b.double()).mT
+    low_q, low_k = (
+        changed(x @ basis.double(), f) for x, basis in ((q - means[0], a), (k - means[1], b))
+    )
+    series_part = low_q @ low_k.mT
     key_part = means[2] @ (turned_k - means[3]).mT
     query_part = turned_q @ means[3].mT
     return series(f.scale * series_part, f.terms) * torch.exp(f.scale * (key_part + query_part))

@@ -13,6 +13,7 @@ from support.hybrid_reference import additive, form, joint
 from attnscope.attention.hybrid import near
 from attnscope.attention.hybrid.attend import Form, hybrid_attention
 from attnscope.attention.hybrid.basis import Basis, Key, fit, identity
+from attnscope.attention.taylor.shaping import NormRule
 
 SCALE = 0.25
 
@@ -69,6 +70,22 @@ def test_it_is_what_its_definition_says(tokens: int, prefix: int, combine: str) 
     expected, mass = joint(*arguments)
     close(attended.out, expected, 1e-5)
     assert torch.allclose(attended.log_mass.double(), mass, atol=1e-5)
+
+
+@pytest.mark.parametrize("combine", ["joint", "additive"])
+@pytest.mark.parametrize("rule", [NormRule(power=0.5), NormRule(clip=1.5), NormRule(0.25, 1.2)])
+def test_norms_change_in_the_few_coordinates_and_nothing_near(
+    rule: NormRule, combine: str
+) -> None:
+    parts = tensors(111)
+    f = form(norm=rule, combine=combine)
+    attended, basis = run(parts, f)
+    query, key, value, *pre = parts
+    assert basis is not None
+    arguments = (query, key, value, SCALE, (pre[0], pre[1]), f, basis.of_query, basis.of_key)
+    close(attended.out, joint(*arguments)[0] if combine == "joint" else additive(*arguments), 1e-5)
+    plain, _ = run(parts, form(combine=combine))
+    assert not torch.allclose(attended.out[:, :, 7:], plain.out[:, :, 7:], atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)

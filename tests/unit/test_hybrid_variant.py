@@ -151,6 +151,35 @@ def test_a_fit_is_the_best_of_its_rank() -> None:
     assert float(error) < 0.1 * float(first)
 
 
+def test_all_samples_are_what_as_many_as_there_are_tokens_are() -> None:
+    query, key, *_ = tensors()
+    query, key = query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1)
+    mean = means(query, key, torch.float32, centre=True)
+    fits = [fit(which(rank=8), query, key, mean, samples) for samples in (0, 126, 65_536, 20)]
+    for other in fits[1:3]:
+        assert torch.equal(fits[0].of_query, other.of_query)
+    assert not torch.allclose(fits[0].of_query, fits[3].of_query)
+
+
+def test_samples_in_short_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, *_ = tensors()
+    mean = means(query, key, torch.float32, centre=True)
+    whole = fit(which(rank=8), query, key, mean, 100)
+    monkeypatch.setattr(bases, "rows_at_a_time", lambda *sizes: 16)
+    split = fit(which(rank=8), query, key, mean, 100)
+    exact = query @ key.mT
+    products = [(query @ b.of_query) @ (key @ b.of_key).mT for b in (whole, split)]
+    torch.testing.assert_close(*products, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(products[0], exact, atol=0.1)
+
+
+def test_the_settings_of_norms_reach_the_series() -> None:
+    plain = attend().out
+    changed = [attend(global_norm_power=0.5).out, attend(global_norm_clip=1.0).out]
+    assert all(not torch.allclose(out, plain, atol=1e-4) for out in changed)
+    assert torch.equal(attend(global_norm_clip=1000.0).out, plain)
+
+
 def test_too_few_samples_keep_the_first_coordinates() -> None:
     query, key, *_ = tensors()
     few = fit(which(rank=8), query[:, :, :7], key[:, :, :7], none_taken(query, key), 64)

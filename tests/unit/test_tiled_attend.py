@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from attnscope.attention.exact import reference_attention
 from attnscope.attention.structured import in_raster_order, structured_qkv
-from attnscope.attention.tiled import attend
-from attnscope.attention.tiled.attend import Options, Sizes, tiled_attention
+from attnscope.attention.tiled import sizes
+from attnscope.attention.tiled.attend import tiled_attention
+from attnscope.attention.tiled.options import Options
+from attnscope.attention.tiled.sizes import Sizes
 from attnscope.attention.tiled.tiles import cut
 from attnscope.attention.token_layout import TokenLayout
 
@@ -26,6 +28,10 @@ def tensors(
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, layout.tokens, width)
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def every(layout: TokenLayout) -> torch.Tensor:
+    return torch.arange(layout.tokens)
 
 
 @lru_cache(maxsize=8)
@@ -60,7 +66,7 @@ LAYOUTS = [
 def test_all_tiles_exact_is_exact_attention(layout: TokenLayout) -> None:
     query, key, value = tensors(layout)
     expected = reference_attention(query, key, value, SCALE)
-    result = tiled_attention(query, key, value, SCALE, layout, ALL, wants_log_mass=True)
+    result = tiled_attention(query, key, value, SCALE, layout, ALL, log_mass_rows=every(layout))
     torch.testing.assert_close(result.out, expected)
     mass = (query @ key.transpose(-2, -1) * SCALE).logsumexp(dim=-1)
     assert result.log_mass is not None
@@ -165,7 +171,9 @@ def test_the_mass_is_nearly_that_of_exact_attention(kind: str, std: float) -> No
     exact = (query.double() @ key.double().transpose(-2, -1) * scale).logsumexp(dim=-1)
 
     def bias(options: Options) -> float:
-        result = tiled_attention(query, key, value, scale, layout, options, wants_log_mass=True)
+        result = tiled_attention(
+            query, key, value, scale, layout, options, log_mass_rows=every(layout)
+        )
         assert result.log_mass is not None
         return float((result.log_mass - exact).mean())
 
@@ -176,15 +184,51 @@ def test_the_mass_is_nearly_that_of_exact_attention(kind: str, std: float) -> No
 
 @pytest.mark.parametrize("options", APPROXIMATE, ids=str)
 @pytest.mark.parametrize("layout", GRIDS, ids=str)
+def test_the_mass_is_that_which_the_output_was_divided_by(
+    layout: TokenLayout, options: Options
+) -> None:
+    """Where the value is 1 at one text key alone, the output is that key's share."""
+    layout = TokenLayout(max(1, layout.text_tokens), layout.grids)
+    query, key, value = tensors(layout, batch=2)
+    value = torch.zeros_like(value)
+    value[:, :, 0] = 1.0
+    rows = torch.randperm(layout.tokens, generator=torch.Generator().manual_seed(2))[:40]
+    result = tiled_attention(query, key, value, SCALE, layout, options, log_mass_rows=rows)
+    logits = SCALE * (query[:, :, rows] * key[:, :, :1]).sum(dim=-1)
+    assert result.log_mass is not None
+    mass = logits - result.out[:, :, rows, 0].log()
+    torch.testing.assert_close(result.log_mass, mass.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_text_goes_through_what_is_given_for_it() -> None:
+    layout = TokenLayout(5, ((20, 26),))
+    query, key, value = tensors(layout)
+
+    def dense(*tensors: torch.Tensor) -> torch.Tensor:
+        assert [x.shape[2] for x in tensors] == [5, layout.tokens, layout.tokens]
+        return torch.full((1, 2, 5, 16), 7.0)
+
+    own = tiled_attention(query, key, value, SCALE, layout, Options()).out
+    given = tiled_attention(query, key, value, SCALE, layout, Options(), dense=dense).out
+    assert bool((given[:, :, :5] == 7.0).all())
+    assert torch.equal(given[:, :, 5:], own[:, :, 5:])
+
+
+@pytest.mark.parametrize("options", APPROXIMATE, ids=str)
+@pytest.mark.parametrize("layout", GRIDS, ids=str)
 def test_other_sizes_of_work_give_the_same(
     layout: TokenLayout, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many heads at a time, whose windows are gathered, and short runs of query tiles."""
     query, key, value = tensors(layout, batch=2, heads=3)
-    expected = tiled_attention(query, key, value, SCALE, layout, options, wants_log_mass=True)
+    expected = tiled_attention(
+        query, key, value, SCALE, layout, options, log_mass_rows=every(layout)
+    )
     for bounds in (Sizes(2**30, 2**30, 2**30), Sizes(0, 1, 1), Sizes(2**21, 2**18, 2**15)):
-        monkeypatch.setattr(attend, "CPU_SIZES", bounds)
-        found = tiled_attention(query, key, value, SCALE, layout, options, wants_log_mass=True)
+        monkeypatch.setattr(sizes, "CPU_SIZES", bounds)
+        found = tiled_attention(
+            query, key, value, SCALE, layout, options, log_mass_rows=every(layout)
+        )
         torch.testing.assert_close(found.out, expected.out)
         torch.testing.assert_close(found.log_mass, expected.log_mass)
 
@@ -255,7 +299,9 @@ def test_any_grid_keeps_the_identities(
     layout = TokenLayout(text, ((rows, columns), (columns, 3)))
     query, key, value = tensors(layout, heads=1, width=8)
     options = Options(radius=radius, top_k=top_k)
-    result = tiled_attention(query, key, value, SCALE, layout, options, wants_log_mass=True)
+    result = tiled_attention(
+        query, key, value, SCALE, layout, options, log_mass_rows=every(layout)
+    )
     assert result.out.isfinite().all()
     assert result.log_mass is not None and result.log_mass.isfinite().all()
     ones = tiled_attention(query, key, torch.ones_like(value), SCALE, layout, options).out

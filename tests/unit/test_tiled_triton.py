@@ -10,9 +10,10 @@ import pytest
 import torch
 from support.triton_interpreter import run_interpreted
 
+from attnscope.attention.sums_paths import NAMES, TiledPath
 from attnscope.attention.tiled import dispatch, triton_plan
-from attnscope.attention.tiled.attend import Options
 from attnscope.attention.tiled.dispatch import MIN_TOKENS, Choice, choose
+from attnscope.attention.tiled.options import Options
 from attnscope.attention.tiled.tiles import cut, windows
 from attnscope.attention.tiled.triton_tables import FLAG_BITS, Tables, tables
 from attnscope.attention.token_layout import TokenLayout
@@ -41,37 +42,43 @@ def choice(setting: Any = "auto", **changes: Any) -> Choice:
 
 
 @pytest.mark.parametrize(
-    ("setting", "changes", "path", "reason"),
+    ("setting", "changes", "code", "reason"),
     [
-        ("auto", {}, "triton", ""),
-        ("auto", {"dtype": torch.float16}, "triton", ""),
-        ("auto", {"dtype": torch.float32}, "torch", "float32 runs in torch"),
-        ("triton", {"dtype": torch.float32}, "triton", ""),
-        ("triton", {"dtype": torch.float64}, "torch", "float64"),
-        ("auto", {"tokens": MIN_TOKENS - 1}, "torch", "fewer than"),
-        ("triton", {"tokens": 10}, "triton", ""),
-        ("auto", {"head_dim": 160}, "torch", "head_dim 160"),
-        ("triton", {"value_dim": 256}, "torch", "value width 256"),
-        ("triton", {"scale": 0.0}, "torch", "scale 0.0"),
-        ("triton", {"capability": (7, 5)}, "torch", "compute capability (7, 5)"),
-        ("auto", {"capability": (8, 6)}, "triton", ""),
-        ("torch", {}, "torch", ""),
+        ("auto", {}, TiledPath.TRITON, ""),
+        ("auto", {"dtype": torch.float16}, TiledPath.TRITON, ""),
+        ("auto", {"dtype": torch.float32}, TiledPath.TORCH_FLOAT32, "float32 runs in torch"),
+        ("triton", {"dtype": torch.float32}, TiledPath.TRITON, ""),
+        ("triton", {"dtype": torch.float64}, TiledPath.TORCH_DTYPE, "float64"),
+        ("auto", {"tokens": MIN_TOKENS - 1}, TiledPath.TORCH_FEW_TOKENS, "fewer than"),
+        ("triton", {"tokens": 10}, TiledPath.TRITON, ""),
+        ("auto", {"head_dim": 160}, TiledPath.TORCH_WIDTH, "head_dim 160"),
+        ("triton", {"value_dim": 256}, TiledPath.TORCH_WIDTH, "value width 256"),
+        ("triton", {"scale": 0.0}, TiledPath.TORCH_SCALE, "scale 0.0"),
+        ("triton", {"capability": (7, 5)}, TiledPath.TORCH_OLD_GPU, "compute capability (7, 5)"),
+        ("auto", {"capability": (8, 6)}, TiledPath.TRITON, ""),
+        ("torch", {}, TiledPath.TORCH, ""),
     ],
 )
 def test_path_and_reason(
-    setting: str, changes: dict[str, Any], path: str, reason: str, monkeypatch: Any
+    setting: str, changes: dict[str, Any], code: TiledPath, reason: str, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(dispatch, "unavailable", lambda _: "")
     found = choice(setting, **changes)
-    assert found.path == path
+    assert found.code is code
+    assert found.path == ("triton" if code is TiledPath.TRITON else "torch")
+    assert NAMES[code].lower().startswith(found.path)
     assert reason in found.reason
     assert bool(found.reason) == bool(reason)
 
 
-def test_without_cuda_or_triton_torch_runs() -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_without_cuda_or_triton_torch_runs(installed: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(dispatch, "unavailable", lambda device: f"no Triton on {device}")
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: installed)
     for setting in ("auto", "triton"):
         found = choice(setting, device_type="cpu")
-        assert found.path == "torch" and "riton" in found.reason
+        code = TiledPath.TORCH_NO_CUDA if installed else TiledPath.TORCH_NO_TRITON
+        assert (found.code, found.reason) == (code, "no Triton on cpu")
 
 
 def test_unknown_path_is_refused() -> None:

@@ -62,6 +62,14 @@ def test_gates(given: dict[str, Any], gate: Gate | None) -> None:
     assert TiledVariant().gate(query, key, call(**given)) is gate
 
 
+@pytest.mark.parametrize(("device", "least"), [("cpu", 4096), ("meta", 8192)])
+def test_the_least_tokens_go_by_the_device(device: str, least: int) -> None:
+    for tokens, gate in ((least - 1, Gate.BELOW_MIN_TOKENS), (least, None)):
+        query = torch.empty(1, 1, tokens, 16, device=device)
+        assert TiledVariant().gate(query, query, call(min_tokens=-1)) is gate
+        assert TiledVariant().gate(query, query, call(min_tokens=tokens)) is None
+
+
 def test_cross_attention_is_left_to_exact_attention() -> None:
     query, key, _ = tensors(keys=77)
     assert TiledVariant().gate(query, key, call()) is Gate.CROSS_ATTENTION

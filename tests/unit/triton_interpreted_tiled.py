@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from attnscope.attention.settings import TiledSettings
-from attnscope.attention.tiled.attend import Attended, Options, tiled_attention
+from attnscope.attention.tiled.attend import Attended, tiled_attention
 from attnscope.attention.tiled.dispatch import choose_for
+from attnscope.attention.tiled.options import Options
 from attnscope.attention.tiled.triton_attend import tiled_attention_triton
 from attnscope.attention.tiled.triton_job import head_runs, make_job
 from attnscope.attention.tiled.triton_plan import Config
@@ -52,7 +53,8 @@ def nmse(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def reference(given: list[torch.Tensor], layout: TokenLayout, options: Options) -> Attended:
     query, key, value = (x.double() for x in given)
     scale = query.shape[-1] ** -0.5
-    return tiled_attention(query, key, value, scale, layout, options, wants_log_mass=True)
+    rows = torch.arange(layout.tokens)
+    return tiled_attention(query, key, value, scale, layout, options, log_mass_rows=rows)
 
 
 def run(given: list[torch.Tensor], layout: TokenLayout, options: Options, **more: Any) -> Attended:
@@ -97,12 +99,31 @@ def test_the_kernels_compute_the_definition(
     assert nmse(exact, wanted.out) > 10 * BOUND[dtype]
 
 
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 400])])
+def test_text_goes_through_what_is_given_for_it(rows: torch.Tensor | None) -> None:
+    given, options = tensors(PLAIN), Options(radius=0)
+    own = run(given, PLAIN, options, log_mass_rows=rows)
+    seen = []
+
+    def dense(*tensors: torch.Tensor) -> torch.Tensor:
+        seen.append([x.shape[2] for x in tensors])
+        return torch.full((1, 1, 20, 32), 7.0)
+
+    found = run(given, PLAIN, options, log_mass_rows=rows, dense=dense)
+    assert seen == [[20, PLAIN.tokens, PLAIN.tokens]]
+    assert bool((found.out[:, :, :20] == 7.0).all())
+    assert torch.equal(found.out[:, :, 20:], own.out[:, :, 20:])
+    if rows is not None:
+        assert found.log_mass is not None and own.log_mass is not None
+        assert torch.equal(found.log_mass, own.log_mass)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO])
 @pytest.mark.parametrize("layout", [PLAIN, RAGGED])
 def test_the_log_mass_is_the_references_text_included(layout: TokenLayout, config: Config) -> None:
-    given = tensors(layout)
+    given, rows = tensors(layout), torch.arange(layout.tokens)
     wanted = reference(given, layout, Options(radius=0))
-    found = run(given, layout, Options(radius=0), config=config, wants_log_mass=True)
+    found = run(given, layout, Options(radius=0), config=config, log_mass_rows=rows)
     assert found.log_mass is not None and wanted.log_mass is not None
     torch.testing.assert_close(found.log_mass, wanted.log_mass, rtol=1e-5, atol=1e-5)
     assert nmse(found.out, wanted.out) <= BOUND[torch.float32]
