@@ -143,7 +143,8 @@ def main() -> None:
             std = statistics.median(outcome.logit_std for outcome in of_layer)
             errors = [outcome.nmse for outcome in of_layer if outcome.nmse is not None]
             middle = statistics.median(errors) if errors else float("nan")
-            print(f"  {layer}: logit std {std:.2f}, NMSE {middle:.3g}")
+            worst = max(errors, default=float("nan"))
+            print(f"  {layer}: logit std {std:.2f}, NMSE {middle:.3g}, at worst {worst:.3g}")
         print(f"RESULT {name} {statistics.median(found) if found else float('nan'):.4g}")
 
 

@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
 STEPS = 30
 IMAGE_TOKENS = 1024
 SEED = 5
+TILED_SIZE = 384
+"""Pixels: 24×24 tokens, 3×3 tiles."""
 
 
 def field_of(page: Page, name: str) -> Locator:
@@ -113,13 +115,10 @@ def test_the_schedules_of_a_hybrid_are_seen_typed_and_applied(page: Page, stack:
 def test_the_radius_of_a_tiled_run_is_applied_and_its_picture_compared(
     page: Page, stack: Stack
 ) -> None:
-    exact = stack.ended_run(
-        stack.queue(demo_workflow(steps=STEPS, seed=SEED, node="AttnScopeMonitor"))
-    )
+    how: dict[str, Any] = {"steps": STEPS, "seed": SEED, "size": TILED_SIZE}
+    exact = stack.ended_run(stack.queue(demo_workflow(**how, node="AttnScopeMonitor")))
     settings = {"min_tokens": 0, "window_radius": 0}
-    prompt = stack.queue(
-        demo_workflow(steps=STEPS, seed=SEED, node="AttnScopeTiled", settings=settings)
-    )
+    prompt = stack.queue(demo_workflow(**how, node="AttnScopeTiled", settings=settings))
     run_id = stack.run_of(prompt)["run_id"]
     page.goto(f"{stack.server_url}/runs/{run_id}")
     expect(page.get_by_test_id("heatmap")).to_be_visible(timeout=20_000)
@@ -133,7 +132,7 @@ def test_the_radius_of_a_tiled_run_is_applied_and_its_picture_compared(
 
     heatmap = page.get_by_test_id("heatmap")
     wait_for(lambda: int(heatmap.get_attribute("data-steps") or 0) > 4, 60, "tiled steps")
-    field_of(page, "window_radius").fill("3")
+    field_of(page, "window_radius").fill("1")
     applied = apply(page, 1)
     run = stack.ended_run(prompt)
     assert run["status"] == "completed"
@@ -142,9 +141,11 @@ def test_the_radius_of_a_tiled_run_is_applied_and_its_picture_compared(
         assert cell["calls_gated"] == (cell["calls"] if dense else 0), cell
         assert cell["revision"] == (0 if cell["step"] < applied else 1)
         if not dense:
-            # A window of 4×4 tiles is the whole picture: nothing is left but rounding.
+            # A window of 3×3 tiles is the whole picture: nothing is left but rounding.
             assert (cell["nmse"] < 1e-9) == (cell["step"] >= applied), cell
 
+    # Two of thirty steps, at six layers.
+    expect(row).to_contain_text("12 (6.7 %)", timeout=20_000)
     expect(page.get_by_test_id("baseline-panel")).to_have_attribute(
         "data-baseline", exact["run_id"], timeout=20_000
     )
