@@ -11,12 +11,18 @@ import torch
 
 from . import masks
 from .quality import cosine, sampled_indices
-from .reasons import DESCRIPTIONS
+from .reasons import DESCRIPTIONS, Fallback
 from .registry import VARIANTS
 from .settings import VariantSettings
 from .structured import logit_std
 from .token_layout import TokenLayout
 from .variant import Call, LayerId, Result, RunInfo, exact_flops
+
+NO_PRE_ROPE = (
+    "query and key before rotary embedding are missing: captured calls hold them only as rotated. "
+    "Evaluate on synthetic heads, which have both, or read the NMSE of a live run"
+)
+"""What a variant lacks that needs them; `reasons` has what is true of a run."""
 
 FLOAT64_TOKENS = 4608
 """Longest key for which the reference is computed in float64; above it is in float32."""
@@ -37,6 +43,8 @@ class Case:
         scale: factor on q·k.
         mask: see ``masks``; None for none.
         layout: of the tokens; None where it isn't known.
+        pre_rope: query and key before rotary embedding, shaped like them; None where they aren't
+            known.
     """
 
     name: str
@@ -49,6 +57,7 @@ class Case:
     scale: float
     mask: torch.Tensor | None = None
     layout: TokenLayout | None = None
+    pre_rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,7 @@ def _measure(
             mask=case.mask,
             log_mass_rows=log_mass_rows,
             layout=case.layout,
+            pre_rope=case.pre_rope if variant.wants_pre_rope else None,
         )
 
     gate = variant.gate(case.query, case.key, call())
@@ -206,6 +216,8 @@ def _measure(
         return outcome(f"{gate.value}: {DESCRIPTIONS[gate.value]}")
     result = variant.attend(case.query, case.key, case.value, call(exact.rows))
     if result.fallback is not None:
+        if result.fallback is Fallback.PRE_ROPE:
+            return outcome(f"{result.fallback.value}: {NO_PRE_ROPE}")
         detail = result.detail or DESCRIPTIONS[result.fallback.value]
         return outcome(f"{result.fallback.value}: {detail}")
     errors = _errors(result, case, exact)

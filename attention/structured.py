@@ -77,6 +77,12 @@ def in_raster_order(made: StructuredTensors) -> tuple[StructuredTensors, TokenLa
     return raster, TokenLayout(text, ((rows, columns),))
 
 
+def before_rotation(made: StructuredTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key as they were before rotary embedding, turned back from what they are."""
+    query, key = (rotate(x.double(), -made.ids).to(x.dtype) for x in (made.query, made.key))
+    return query, key
+
+
 def token_ids(rows: int, columns: int, text_tokens: int) -> torch.Tensor:
     """Places of all tokens, ``[text_tokens + rows·columns, 3]`` int64, image in order of tiles."""
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")

@@ -14,7 +14,7 @@ import torch
 
 from ..attention.captured import CapturedCall, CaptureError, CaptureInfo, read_call
 from ..attention.evaluation import Case, Configuration, Outcome, evaluate
-from ..attention.structured import KINDS, in_raster_order, structured_qkv
+from ..attention.structured import KINDS, before_rotation, in_raster_order, structured_qkv
 from ..attention.token_layout import TokenLayout
 from . import evaluation_page, evaluation_summary, validation
 from .problems import FieldErrors
@@ -29,6 +29,7 @@ DEFAULT_VARIANTS = (
     "centre_keys=false,centre_values=false",
     "taylor:P=7,feature_projection=8",
     "tiled:dense_first_steps=0",
+    "hybrid",
 )
 
 DEFAULT_SYNTHETIC = ("content:std=1", "positional:std=1", "content:std=2", "positional:std=2")
@@ -146,7 +147,10 @@ def synthetic_case(text: str, dtype: torch.dtype) -> Case:
     except ValueError as error:
         raise EvaluationError(f"{text}: {error}") from None
     made, layout = in_raster_order(made)
-    return Case(text, kind, 0, None, made.query, made.key, made.value, made.scale, layout=layout)
+    return Case(
+        text, kind, 0, None, made.query, made.key, made.value, made.scale,
+        layout=layout, pre_rope=before_rotation(made),
+    )  # fmt: skip
 
 
 def captured_case(path: Path) -> Case:
@@ -267,6 +271,9 @@ def _on(case: Case, device: torch.device) -> Case:
         key=case.key.to(device),
         value=case.value.to(device),
         mask=None if case.mask is None else case.mask.to(device),
+        pre_rope=None
+        if case.pre_rope is None
+        else (case.pre_rope[0].to(device), case.pre_rope[1].to(device)),
     )
 
 

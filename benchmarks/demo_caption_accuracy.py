@@ -66,6 +66,33 @@ def draw_captions(count: int) -> list[Any]:
     return list(captions.values())
 
 
+def draw(model: Any, codec: Any, caption: Any, cells: int, seed: int) -> Any:
+    """The picture of a caption by ComfyUI's KSampler: ``[height, width, 3]`` float32 in 0..1.
+
+    Args:
+        model: ComfyUI's MODEL.
+        codec: decodes its latents.
+        caption: what to draw.
+        cells: latent cells a side.
+        seed: of the noise.
+    """
+    import nodes
+    import torch
+
+    from attnscope.comfy_plugin.demo.prompt import encode_prompt
+
+    conditions = []
+    for text in (caption.text, ""):
+        context, pooled = encode_prompt(text, cells * 8, cells * 8)
+        conditions.append([[context[None], {"pooled_output": pooled[None]}]])
+    latent = {"samples": torch.zeros(1, 16, cells, cells)}
+    with torch.inference_mode():
+        (result,) = nodes.KSampler().sample(
+            model, seed, STEPS, 1.0, "euler", "simple", *conditions, latent, 1.0
+        )
+        return codec.decode(result["samples"])[0].cpu().numpy()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default $COMFYUI_DIR)")
@@ -76,12 +103,8 @@ def main() -> None:
     began = time.monotonic()
     _alive = prepare(find_comfyui(options.comfyui))
 
-    import nodes
-    import torch
-
     from attnscope.comfy_plugin.demo.checkpoint import load_checkpoint
     from attnscope.comfy_plugin.demo.model import build_patcher, checkpoint_path
-    from attnscope.comfy_plugin.demo.prompt import encode_prompt
     from attnscope.comfy_plugin.demo.scorer import judge
 
     checkpoint = load_checkpoint(options.checkpoint or checkpoint_path())
@@ -93,17 +116,7 @@ def main() -> None:
         since = time.monotonic()
         right, reasons = 0, Counter()
         for number, caption in enumerate(captions[start : start + count], start):
-            context, pooled = encode_prompt(caption.text, cells * 8, cells * 8)
-            positive = [[context[None], {"pooled_output": pooled[None]}]]
-            context, pooled = encode_prompt("", cells * 8, cells * 8)
-            negative = [[context[None], {"pooled_output": pooled[None]}]]
-            latent = {"samples": torch.zeros(1, 16, cells, cells)}
-            with torch.inference_mode():
-                (result,) = nodes.KSampler().sample(
-                    model, SEED + number, STEPS, 1.0, "euler", "simple",
-                    positive, negative, latent, 1.0,
-                )  # fmt: skip
-                image = checkpoint.codec.decode(result["samples"])[0].cpu().numpy()
+            image = draw(model, checkpoint.codec, caption, cells, SEED + number)
             verdict = judge(image, caption)
             right += verdict.ok
             reasons[verdict.reason.split(":")[0]] += not verdict.ok

@@ -28,7 +28,12 @@ from attnscope.attention.evaluation import Case, reference
 from attnscope.attention.hybrid.variant import HybridVariant
 from attnscope.attention.quality import nmse
 from attnscope.attention.settings import HybridSettings
-from attnscope.attention.structured import Kind, rotate, structured_qkv
+from attnscope.attention.structured import (
+    Kind,
+    before_rotation,
+    in_raster_order,
+    structured_qkv,
+)
 from attnscope.attention.variant import Call, LayerId
 
 RESULTS = ("hybrid_nmse_std2", "hybrid_cpu_speedup_16k")
@@ -55,11 +60,8 @@ FORMS: dict[str, dict[str, Any]] = {
 def head(kind: Kind, std: float, seed: int, rows: int, columns: int) -> list[torch.Tensor]:
     """Query, key, value, and query and key before rotation; image tokens in raster order."""
     made = structured_qkv(kind, std, rows=rows, columns=columns, seed=seed)
-    place = made.ids[:, 1] * columns + made.ids[:, 2]
-    order = torch.cat([torch.arange(TEXT), TEXT + place[TEXT:].argsort()])
-    query, key, value = (x[:, :, order] for x in (made.query, made.key, made.value))
-    back = -made.ids[order]
-    return [query, key, value, rotate(query, back), rotate(key, back)]
+    made, _ = in_raster_order(made)
+    return [made.query, made.key, made.value, *before_rotation(made)]
 
 
 def call(settings: dict[str, Any], parts: Sequence[torch.Tensor]) -> Call:

@@ -86,6 +86,7 @@ class HybridSettings(Measured):
         0.0,
         Group.LOCAL,
         "Sigma at and below which the window is at its least.",
+        title="window sigma low",
         unit="sigma",
         ge=0.0,
         le=1000.0,
@@ -96,6 +97,7 @@ class HybridSettings(Measured):
         Group.LOCAL,
         "Sigma at and above which the window is at its greatest; a smoothstep lies between. At or "
         "below the low sigma there is no schedule, and local window holds.",
+        title="window sigma high",
         unit="sigma",
         ge=0.0,
         le=1000.0,

@@ -58,6 +58,25 @@ def test_captured_calls_by_layer_and_sigma(
     assert "double.1" in printed and "[sigma_above_max" in printed
 
 
+def test_a_hybrid_needs_query_and_key_before_rotation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hybrid = "hybrid:min_tokens=0,prefix_tokens=16,local_window=16,local_chunk=16"
+    numbers = tmp_path / "out.json"
+    chosen = ("--variants", hybrid, "--variants", f"{hybrid},global_weight=0", "--json", numbers)
+    assert evaluate(capture(tmp_path, "single.4", 0.25), *chosen) == 0
+    captured, without = json.loads(numbers.read_text("utf-8"))
+    assert captured["nmse"] is None and without["nmse"] > 0
+    assert captured["reason"].startswith("pre_rope: ")
+    assert "captured calls hold them only as rotated" in captured["reason"]
+    assert "captured calls hold them only as rotated" in capsys.readouterr().out
+
+    # Synthetic heads have both; the series then makes the error smaller.
+    assert evaluate("--synthetic", SMALL.replace("64", "16"), *chosen) == 0
+    synthetic, without = json.loads(numbers.read_text("utf-8"))
+    assert synthetic["reason"] == "" and 0 < synthetic["nmse"] < without["nmse"] / 2
+
+
 def test_configurations_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "variants.json"
     items: list[Any] = [

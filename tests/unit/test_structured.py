@@ -7,6 +7,7 @@ import torch
 
 from attnscope.attention.structured import (
     KINDS,
+    before_rotation,
     in_raster_order,
     logit_std,
     random_fields,
@@ -69,6 +70,16 @@ def test_text_is_not_rotated_and_logits_depend_on_the_distance_alone() -> None:
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(5))
     torch.testing.assert_close(turned_q[1] @ turned_k[2], turned_q[3] @ turned_k[4])
     assert float(turned_q[1] @ turned_k[2]) != pytest.approx(float(q @ k), rel=1e-3)
+
+
+def test_turned_back_they_rotate_to_what_they_were_and_text_is_as_it_was() -> None:
+    made = structured_qkv("positional", 2.0, rows=16, columns=8, text_tokens=8)
+    made, _ = in_raster_order(made)
+    for before, after in zip(before_rotation(made), (made.query, made.key), strict=True):
+        torch.testing.assert_close(rotate(before, made.ids), after, rtol=1e-4, atol=1e-5)
+        assert torch.equal(before[:, :, :8], after[:, :, :8])
+        # The first image token stands at (0, 0), as text does.
+        assert (before - after)[:, :, 9:].norm(dim=-1).min() > 1.0
 
 
 def test_fields_have_unit_variance_and_the_spectrums_correlation() -> None:

@@ -23,6 +23,17 @@ describe('RunColumns', () => {
     expect(columns.apply(delta)).toBe(0)
     expect(columns.apply(delta)).toBe(0)
     expect(columns.length).toBe(1)
+    expect(columns.total('calls')).toBe(2)
+  })
+
+  it('adds up a number over its steps', () => {
+    const columns = new RunColumns()
+    expect(columns.total('calls')).toBe(0)
+    columns.apply(stepDelta(0, ['single.0'], {}, { calls: 3 }))
+    columns.apply(stepDelta(1, ['single.0'], {}, { calls: 4, nmse_median: null }))
+    expect(columns.total('calls')).toBe(7)
+    expect(columns.total('nmse_median')).toBe(0.01)
+    expect(columns.total('no_such')).toBe(0)
   })
 
   it('puts a late step in its place', () => {

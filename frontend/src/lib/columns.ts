@@ -139,6 +139,14 @@ export class RunColumns {
     return this.length === 0 ? null : this.step(this.length - 1)
   }
 
+  /** Sum of a number over all steps that have it. */
+  total(name: string): number {
+    const series = this.numbers.get(name)
+    let sum = 0
+    for (let index = 0; index < this.length; index += 1) sum += series?.get(index) ?? 0
+    return sum
+  }
+
   value(metric: string, layer: string, index: number): number | null {
     return this.metrics.get(metric)?.[this.row(layer)]?.get(index) ?? null
   }
