@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
+from .attention.distillation import StudentEvent
+
 PROTOCOL: Literal[1] = 1
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -134,6 +136,15 @@ class RunStarted(Event):
     model: ModelInfo = Field(default_factory=lambda: ModelInfo())
 
 
+def _same_length(place: str, first: str, expected: int, columns: dict[str, list[Any]]) -> None:
+    for name, column in columns.items():
+        if len(column) != expected:
+            raise ValueError(
+                f"{place}.{name}: has {len(column)} items; "
+                f"allowed: {expected}, as many as {place}.{first}"
+            )
+
+
 class LayerColumns(Message):
     """What the layers did in one step, one list item per layer."""
 
@@ -162,12 +173,7 @@ class LayerColumns(Message):
             "tokens_k": self.tokens_k,
             **{f"metrics.{name}": column for name, column in self.metrics.items()},
         }
-        for name, column in columns.items():
-            if len(column) != expected:
-                raise ValueError(
-                    f"layers.{name}: has {len(column)} items; "
-                    f"allowed: {expected}, as many as layers.layer"
-                )
+        _same_length("layers", "layer", expected, columns)
         if len(set(self.layer)) != expected:
             raise ValueError("layers.layer: names a layer twice; allowed: each layer once")
         return self
@@ -233,6 +239,48 @@ class SettingsTuned(Event):
     detail: str = Field("", max_length=500, description="for people: what was compared, and how")
 
 
+class UpdateColumns(Message):
+    """Updates of students, one list item per update, in the order in which they were made."""
+
+    layer: list[Layer] = Field(max_length=20_000)
+    update: list[Count] = Field(description="number of the layer's update, from 1, over all runs")
+    step: list[Count] = Field(description="of the run's schedule in which it was made")
+    at: list[UnixTime]
+    metrics: dict[str, list[Number]] = Field(
+        description="by name, see attention/distillation.py; null: not measured at this update"
+    )
+
+    @model_validator(mode="after")
+    def _same_length(self) -> UpdateColumns:
+        columns: dict[str, list[Any]] = {
+            "update": self.update,
+            "step": self.step,
+            "at": self.at,
+            **{f"metrics.{name}": column for name, column in self.metrics.items()},
+        }
+        _same_length("updates", "layer", len(self.layer), columns)
+        return self
+
+
+class StudentsUpdated(Event):
+    """Updates of students since the last such event."""
+
+    kind: Literal["students_updated"] = "students_updated"
+    updates: UpdateColumns
+    replay_limit_bytes: Count | None = None
+
+
+class StudentHappened(Event):
+    """Something else that happened to students: readiness, want of memory, a checkpoint."""
+
+    kind: Literal["student_event"] = "student_event"
+    event: StudentEvent
+    layer: Layer | None = Field(None, description="null where it concerns all")
+    update: Count | None = Field(None, description="updates that the layer has had")
+    step: Count | None = None
+    detail: str = Field("", max_length=1000, description="for people: path, error, sizes")
+
+
 class RunEnded(Event):
     """The sampler has returned or raised."""
 
@@ -256,6 +304,8 @@ AnyEvent = Annotated[
     | ImageTaken
     | RevisionReported
     | SettingsTuned
+    | StudentsUpdated
+    | StudentHappened
     | RunEnded
     | EventsLost,
     Field(discriminator="kind"),

@@ -22,6 +22,7 @@ class Group(str, Enum):
     TUNING = "tuning"
     CAPTURE = "capture"
     TRAINING = "training"
+    CHECKPOINT = "checkpoint"
 
 
 GROUP_TITLES: dict[Group, str] = {
@@ -36,6 +37,7 @@ GROUP_TITLES: dict[Group, str] = {
     Group.TUNING: "Auto-tune: search for the shaping",
     Group.CAPTURE: "Capture: query, key and value to files",
     Group.TRAINING: "Training",
+    Group.CHECKPOINT: "Checkpoint and export",
 }
 
 

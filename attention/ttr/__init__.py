@@ -1,0 +1,1 @@
+"""Flux2TTR: attention students that learn from the model's own attention while it samples."""
