@@ -128,7 +128,7 @@ class Student(nn.Module, ABC):
         """Why the student can't take such a call, with a detail for people; None if it can."""
         return None
 
-    def start(self, rows: Rows) -> None:  # noqa: B027
+    def start(self, rows: Rows) -> None:
         """Set first weights by a call, before the first update; nothing is differentiated."""
 
     @abstractmethod
