@@ -6,7 +6,10 @@ from ``TRAINING_METRICS`` and `StudentEvent`. The module imports neither torch n
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 from .metrics import Direction, Fold, Metric
 
@@ -146,3 +149,51 @@ STUDENT_EVENT_DESCRIPTIONS: dict[str, str] = {
         "The students' memory was gone and was built anew from settings and checkpoint."
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One update of a layer's student.
+
+    Attributes:
+        layer: name of the block.
+        update: number of the layer's update, from 1, over all runs.
+        step: of the run's schedule.
+        at: Unix time.
+        metrics: of ``TRAINING_METRICS``, those that were measured.
+    """
+
+    layer: str
+    update: int
+    step: int
+    at: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """Something else that happened to students.
+
+    Attributes:
+        event: what.
+        layer: name of the block; None where it concerns all.
+        update: updates that the layer has had.
+        step: of the run's schedule; None before the first.
+        detail: for people: path, error, sizes.
+    """
+
+    event: StudentEvent
+    layer: str | None = None
+    update: int | None = None
+    step: int | None = None
+    detail: str = ""
+
+
+class Listener(Protocol):
+    """Is told of the training, on the sampler's thread; must neither raise nor take long."""
+
+    def updated(self, updates: Sequence[Update], replay_limit_bytes: int) -> None:
+        """Updates in the order in which they were made."""
+
+    def happened(self, occurrence: Occurrence) -> None:
+        """Something else."""

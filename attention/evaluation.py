@@ -16,7 +16,7 @@ from .registry import VARIANTS
 from .settings import VariantSettings
 from .structured import logit_std
 from .token_layout import TokenLayout
-from .variant import Call, LayerId, Result, RunInfo, exact_flops
+from .variant import Call, LayerId, Result, RunInfo, Variant, exact_flops
 
 NO_PRE_ROPE = (
     "query and key before rotary embedding are missing: captured calls hold them only as rotated. "
@@ -185,18 +185,39 @@ def evaluate(
 def _measure(
     case: Case, configuration: Configuration, exact: Reference, spread: float, pairs: int
 ) -> Outcome:
+    variant = VARIANTS[configuration.variant]()
+    kind, _, index = case.layer.rpartition(".")
+    layer = LayerId(kind, int(index)) if kind and index.isdigit() else None
+    sigma = () if case.sigma is None else (case.sigma, 0.0)
+    variant.prepare(
+        RunInfo(
+            sigmas=sigma,
+            layers=() if layer is None else (layer,),
+            settings=configuration.settings,
+        )
+    )
+    try:
+        return _measured(case, configuration, variant, layer, exact, spread, pairs)
+    finally:
+        variant.finish()
+
+
+def _measured(
+    case: Case,
+    configuration: Configuration,
+    variant: Variant,
+    layer: LayerId | None,
+    exact: Reference,
+    spread: float,
+    pairs: int,
+) -> Outcome:
+
     def outcome(reason: str = "", /, **measured: float | None) -> Outcome:
         return Outcome(
             case.name, case.layer, case.step, case.sigma, case.key.shape[2], spread,
             configuration.label, reason, str(exact.out.dtype).removeprefix("torch."),
             len(exact.rows), **measured,
         )  # fmt: skip
-
-    variant = VARIANTS[configuration.variant]()
-    kind, _, index = case.layer.rpartition(".")
-    layer = LayerId(kind, int(index)) if kind and index.isdigit() else None
-    sigma = () if case.sigma is None else (case.sigma, 0.0)
-    variant.prepare(RunInfo(sigmas=sigma, layers=() if layer is None else (layer,)))
 
     def call(log_mass_rows: torch.Tensor | None = None) -> Call:
         return Call(

@@ -22,6 +22,8 @@ class Gate(str, Enum):
     CROSS_ATTENTION = "cross_attention"
     DENSE_STEP = "dense_step"
     WINDOW_FULL = "window_full"
+    DISTILLING = "distilling"
+    NOT_READY = "not_ready"
 
 
 class Fallback(str, Enum):
@@ -37,6 +39,7 @@ class Fallback(str, Enum):
     LAYOUT = "layout"
     TEXT_UNKNOWN = "text_unknown"
     PRE_ROPE = "pre_rope"
+    CHECKPOINT = "checkpoint"
     UNKNOWN_ARGUMENT = "unknown_argument"
     OUT_OF_MEMORY = "out_of_memory"
     ERROR = "error"
@@ -55,6 +58,8 @@ DESCRIPTIONS: dict[str, str] = {
     ),
     Gate.DENSE_STEP.value: "The step is one of the first, which dense_first_steps keeps exact.",
     Gate.WINDOW_FULL.value: "The local window holds all tokens, which is exact attention.",
+    Gate.DISTILLING.value: "The model's own attention makes the picture and teaches the student.",
+    Gate.NOT_READY.value: "The layer's student is not ready, or there is none yet.",
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.DENOMINATOR_PROBE.value: (
         "Too many denominators of the early probe were not safely positive."
@@ -75,6 +80,7 @@ DESCRIPTIONS: dict[str, str] = {
     Fallback.PRE_ROPE.value: (
         "Query and key before rotary embedding, which the variant needs, are not to be had."
     ),
+    Fallback.CHECKPOINT.value: "The students' checkpoint is not named, or can't be used.",
     Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",
     Fallback.OUT_OF_MEMORY.value: "There was not enough memory for the variant.",
     Fallback.ERROR.value: "The variant raised an error.",

@@ -6,8 +6,10 @@ from .exact import ExactVariant
 from .hybrid.variant import HybridVariant
 from .taylor.variant import TaylorVariant
 from .tiled.variant import TiledVariant
+from .ttr.variant import TtrVariant
 from .variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant for variant in (ExactVariant, TaylorVariant, HybridVariant, TiledVariant)
+    variant.name: variant
+    for variant in (ExactVariant, TaylorVariant, HybridVariant, TiledVariant, TtrVariant)
 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
+from .distillation import Listener
 from .reasons import Fallback, Gate
 from .settings import VariantSettings
 from .token_layout import TokenLayout
@@ -34,6 +36,19 @@ Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPrint:
+    """The sampled model, as what is kept of it knows it again.
+
+    Attributes:
+        name: for people and file names: the model's file or class.
+        weights: hash of a sample of its weights; another model has another. Empty: unknown.
+    """
+
+    name: str
+    weights: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """What a variant may prepare for before the first call.
 
@@ -41,11 +56,19 @@ class RunInfo:
         sigmas: the schedule, one more value than there are steps.
         layers: the model's layers in the order in which they run; empty where unknown.
         reserve: for a variant that is about to allocate much; None where nobody listens.
+        settings: that the run begins with; None where they come with the calls alone.
+        model: that is sampled; None where unknown.
+        folder: absolute, for what the variant keeps on disk; None where there is none.
+        listener: of a variant that learns; None where nobody listens.
     """
 
     sigmas: Sequence[float]
     layers: Sequence[LayerId] = ()
     reserve: Reserve | None = None
+    settings: VariantSettings | None = None
+    model: ModelPrint | None = None
+    folder: Path | None = None
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +172,8 @@ class Variant(ABC):
     """Whether there are calls that it answers itself; if not, it is asked about none."""
     tells_log_mass: ClassVar[bool] = False
     """Whether results can hold a ``log_mass``; if not, calls name no ``log_mass_rows``."""
+    learns: ClassVar[bool] = False
+    """Whether it can learn from the model's own attention; if not, `wants` is never asked."""
 
     def prepare(self, run: RunInfo) -> None:  # noqa: B027
         """Called once, before the first call of the run."""
@@ -169,6 +194,33 @@ class Variant(ABC):
             value: ``[B, H, Nk, D]``.
             call: settings, place and mask.
         """
+
+    def wants(self, query: torch.Tensor, key: torch.Tensor, call: Call) -> bool:
+        """Whether `observe` shall be called for this call: asked after `gate`."""
+        return False
+
+    def observe(  # noqa: B027
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        call: Call,
+    ) -> None:
+        """Learn from what the model's own attention made of a call.
+
+        Nothing that is raised here reaches the sampler, and nothing may be changed in place.
+
+        Args:
+            query: ``[B, H, Nq, D]``, see `attend`.
+            key: ``[B, H, Nk, D]``.
+            value: ``[B, H, Nk, Dv]``.
+            out: ``[B, H, Nq, Dv]``; of another node's attention where one stands in.
+            call: as `attend` has it.
+        """
+
+    def finish(self) -> None:  # noqa: B027
+        """Called once, after the last call of the run, however it ended."""
 
     def retune(self, settings: VariantSettings) -> Tuning | None:
         """Called between two steps, where waiting for the device is allowed.

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..attention.out_of_memory import is_out_of_memory
 from ..attention.quality import sampled_indices
 from ..attention.reasons import Fallback, Gate
 from ..attention.registry import VARIANTS
@@ -33,6 +34,7 @@ from .config import Config
 from .identity import find_place, model_info, sampler_function, sampling_info, with_recipe
 from .images import Previews
 from .layouts import OWN_ARGUMENTS, AttentionCall, Unreadable, read_call
+from .learning import learning_for
 from .memory import reserve_for
 from .plugin import get_plugin
 from .pre_rope import OPTION as PRE_ROPE
@@ -50,11 +52,6 @@ KEY = "attnscope"
 """Names our wrappers in ComfyUI's tables."""
 
 OVERRIDE = "optimized_attention_override"
-
-try:
-    _OUT_OF_MEMORY: type[BaseException] = torch.OutOfMemoryError
-except AttributeError:
-    _OUT_OF_MEMORY = torch.cuda.OutOfMemoryError
 
 
 @dataclass(frozen=True)
@@ -147,13 +144,23 @@ class _Sampling:
         remembered = self._channel.shelf.get(plan.variant) if self._channel else None
         if remembered is not None:
             settings, instance_revision = remembered.settings, remembered.id
+            # What names files and accounts is the node's alone to say: not any page's.
+            settings = settings.with_own_of(plan.settings)
         reports = _reports(plan, len(sigmas) - 1)
         self.run = Run(
             variant=VARIANTS[plan.variant](),
             settings=settings,
             tracker=StepTracker(sigmas, sampler_function(sampler)),
             clock=clock_for(device),
-            info=RunInfo(sigmas=sigmas, layers=layers, reserve=reserve_for(guider.model_patcher)),
+            info=RunInfo(
+                sigmas=sigmas,
+                layers=layers,
+                reserve=reserve_for(guider.model_patcher),
+                settings=settings,
+            ),
+            learning=learning_for(
+                plan.variant, settings, guider.model_patcher, lambda: model().name
+            ),
             put=self._channel.outbox.put if self._channel else None,
             interrupt=self._plugin.interrupt,
             report=Reports(reports),
@@ -345,9 +352,12 @@ class _ModelCall:
 class _Attempt:
     """What our side of a call came to."""
 
-    __slots__ = ("call", "detail", "kind", "layout", "out", "reason", "result", "stats")
+    __slots__ = (
+        "about", "call", "detail", "kind", "layout", "out", "reason", "result", "stats"
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        self.about: Call | None = None
         self.call: AttentionCall | None = None
         self.layout: TokenLayout | None = None
         self.out: torch.Tensor | None = None
@@ -407,6 +417,8 @@ class AttentionHook:
                 self._record(attempt, args, kwargs, start, end)
             except Exception:
                 self._complain("a call was not recorded")
+        if attempt.about is not None and run.variant.learns:
+            self._teach(attempt, returned, func, args, kwargs)
         if run.capture is not None and attempt.call is not None:
             options = kwargs.get("transformer_options")
             run.capture.take(
@@ -415,6 +427,28 @@ class AttentionHook:
                 text_tokens=run.layouts.text_tokens(attempt.call.query.shape[2], options),
             )  # fmt: skip
         return returned
+
+    def _teach(
+        self,
+        attempt: _Attempt,
+        returned: Any,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Any,
+    ) -> None:
+        """Let the variant learn from what the model's own attention makes of the call, if it
+        wants to: what was returned, or, where the variant's output was, another pass."""
+        variant, call, about = self._run.variant, attempt.call, attempt.about
+        assert call is not None and about is not None
+        try:
+            if not variant.wants(call.query, call.key, about):
+                return
+            if attempt.out is not None:
+                returned = self._exact(func, args, kwargs)
+            out = call.read_output(returned)
+            variant.observe(call.query, call.key, call.value, out, about)
+        except Exception:
+            self._complain("a variant could not learn from a call")
 
     def _exact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self._earlier is not None:
@@ -452,7 +486,7 @@ class AttentionHook:
                 attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
             if not run.variant.attends:
                 return attempt
-            about = Call(
+            attempt.about = about = Call(
                 settings=run.settings,
                 layer=_layer(options),
                 sigma=run.sigma,
@@ -479,11 +513,12 @@ class AttentionHook:
             # A variant that leaves attention alone has nothing to fall back from.
             if run.variant.attends:
                 attempt.fall_back(unreadable.reason, unreadable.detail)
-        except _OUT_OF_MEMORY as error:
-            attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
         except Exception as error:
-            attempt.fall_back(Fallback.ERROR, f"{type(error).__name__}: {error}")
-            self._complain("a variant raised an error")
+            if is_out_of_memory(error):
+                attempt.fall_back(Fallback.OUT_OF_MEMORY, str(error))
+            else:
+                attempt.fall_back(Fallback.ERROR, f"{type(error).__name__}: {error}")
+                self._complain("a variant raised an error")
         return attempt
 
     def _returned(self, attempt: _Attempt, out: torch.Tensor) -> torch.Tensor | None:

@@ -73,6 +73,27 @@ class AttentionCall:
         batch, heads, tokens, width = expected
         return out.transpose(1, 2).reshape(batch, tokens, heads * width)
 
+    def read_output(self, out: Any) -> torch.Tensor:
+        """An attention function's output for this call, as ``[B, H, Nq, Dv]``.
+
+        Not every override knows ``skip_output_reshape``, so both layouts are taken.
+
+        Raises:
+            ValueError: it has neither.
+        """
+        expected = (*self.query.shape[:3], self.value.shape[3])
+        batch, heads, tokens, width = expected
+        shape = tuple(getattr(out, "shape", ()))
+        if shape == (batch, tokens, heads * width):
+            split: torch.Tensor = out.unflatten(2, (heads, width)).transpose(1, 2)
+            return split
+        if shape == expected:
+            whole: torch.Tensor = out
+            return whole
+        raise ValueError(
+            f"output has shape {shape}; allowed: {(batch, tokens, heads * width)} or {expected}"
+        )
+
 
 def _heads_out(tensor: torch.Tensor, heads: int, split: bool) -> torch.Tensor:
     if split:

@@ -25,6 +25,7 @@ from ..wire import (
 )
 from .capture import Capture
 from .clocks import Clock
+from .learning import Learning
 from .mailbox import refusal
 from .outbox import Draft
 from .recorder import CallRecord, ClosedStep, StepLog
@@ -76,6 +77,7 @@ class Run:
         interrupt: Callable[[Run], None],
         report: Report | None = None,
         layouts: LayoutReader | None = None,
+        learning: Learning | None = None,
     ) -> None:
         """
         Args:
@@ -88,6 +90,7 @@ class Run:
             interrupt: stops what ComfyUI samples, if that is this run.
             report: is told of every step and of the end, as they are built; None tells nobody.
             layouts: reads where tokens stand; None knows no layout.
+            learning: of a variant that learns; None for the others.
         """
         self.run_id = uuid.uuid4().hex
         self.variant = variant
@@ -106,7 +109,8 @@ class Run:
         self._lock = threading.Lock()
         self._offered: tuple[RevisionPushed, VariantSettings] | None = None
         self._ended = False
-        variant.prepare(info)
+        self._info = info
+        self._learning = learning
 
     @property
     def records(self) -> bool:
@@ -151,7 +155,10 @@ class Run:
         label: str,
         instance_revision: int | None,
     ) -> None:
-        """Tell that the run begins; what is to be called is called on the link's thread."""
+        """Tell that the run begins, and let the variant prepare.
+
+        What is to be called is called on the link's thread.
+        """
         run_id, at, variant = self.run_id, time.time(), self.variant.name
         settings = self.settings
 
@@ -169,6 +176,11 @@ class Run:
             )
 
         self._tell(EventDraft(run_id, make))
+        info = self._info
+        if self._learning is not None:
+            info = self._learning.join(info, run_id, self._tell, lambda: self.settings)
+        # Last, since it may tell of something itself.
+        self.variant.prepare(info)
 
     def begin_evaluation(self, sigma: float | None = None) -> None:
         """The sampler is about to evaluate the model."""
@@ -209,6 +221,12 @@ class Run:
             self._close_step()
         # What is left of a step that broke off says nothing about the step.
         self._step = None
+        try:
+            self.variant.finish()
+        except Exception:
+            log.exception("AttnScope: the end of a run failed for its variant")
+        if self._learning is not None:
+            self._learning.close()
         run_id, at = self.run_id, time.time()
         duration_ms = (time.perf_counter() - self._began) * 1e3
 

@@ -51,6 +51,7 @@ def setting(
     live: bool = True,
     step: float | None = None,
     advanced: bool = False,
+    node_only: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one setting.
@@ -65,6 +66,7 @@ def setting(
             the next run.
         step: increment of the form's and the node's spinner.
         advanced: folded away at first.
+        node_only: whether only the node may set it and no page: names of files and accounts.
         limits: pydantic's own limits (``ge``, ``le``, ``gt``, ``lt``).
     """
     extra: dict[str, Any] = {
@@ -75,6 +77,8 @@ def setting(
     }
     if step is not None:
         extra["step"] = step
+    if node_only:
+        extra["node_only"] = True
     return Field(default, title=title, description=help, json_schema_extra=extra, **limits)
 
 
@@ -96,6 +100,22 @@ class VariantSettings(BaseModel):
             name
             for name, field in cls.model_fields.items()
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["live"]
+        )
+
+    @classmethod
+    def node_only_names(cls) -> frozenset[str]:
+        """Names of the settings that the node alone sets."""
+        return frozenset(
+            name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.json_schema_extra, dict)
+            and field.json_schema_extra.get("node_only")
+        )
+
+    def with_own_of(self, node: VariantSettings) -> VariantSettings:
+        """The same with the node's own values of what it alone sets."""
+        return self.model_copy(
+            update={name: getattr(node, name) for name in self.node_only_names()}
         )
 
     def changed_from(self, other: VariantSettings) -> dict[str, tuple[Any, Any]]:

@@ -310,6 +310,7 @@ class TtrSettings(Measured):
         "name within ComfyUI's output/attnscope folder; .safetensors is added. Empty: a name made "
         "of the model and the student's settings.",
         live=False,
+        node_only=True,
         max_length=500,
     )
     checkpoint_every: int = setting(
@@ -340,6 +341,7 @@ class TtrSettings(Measured):
         "Project at Comet that also gets the training metrics, where the package comet_ml is "
         "installed and an API key configured. Empty sends nothing.",
         live=False,
+        node_only=True,
         max_length=200,
         advanced=True,
     )

@@ -104,6 +104,19 @@ class TiledNode(_Backend):
     )
 
 
+class TtrNode(_Backend):
+    """Students distilled from the model's own attention."""
+
+    VARIANT = "ttr"
+    NODE_ID = "AttnScopeFlux2TTR"
+    TITLE = "Flux2TTR"
+    ABOUT = (
+        "Trains a small student for each layer's attention while the model samples: the model's "
+        "own attention makes the picture and is the teacher. With mode set to serve, students "
+        "that are ready stand in for it. What was learnt is kept in a checkpoint."
+    )
+
+
 class MonitorNode(_Backend):
     """A model's own attention, watched."""
 
