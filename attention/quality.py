@@ -55,7 +55,7 @@ def cosine(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def _accumulates(device: torch.device, dtype: torch.dtype) -> bool:
+def accumulates(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of this dtype can be had in float32 without copies: torch 2.8, CUDA."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return False
@@ -75,7 +75,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             rounded to its dtype; else both are converted.
         b: ``[B, H, D, N]``.
     """
-    if not _accumulates(b.device, b.dtype):
+    if not accumulates(b.device, b.dtype):
         return torch.matmul(a.float(), b.float())
     flat = torch.bmm(a.to(b.dtype).flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32)
     return flat.view(*a.shape[:2], *flat.shape[1:])
@@ -106,7 +106,7 @@ def exact_rows(
     """
     batch, heads, samples, head_dim = query.shape
     copied = 0
-    if key.dtype != torch.float32 and not _accumulates(key.device, key.dtype):
+    if key.dtype != torch.float32 and not accumulates(key.device, key.dtype):
         copied = head_dim + value.shape[3]
     per_head = 4 * batch * key.shape[2] * (copied + 2 * samples)
     step = max(1, min(heads, _CHUNK_BYTES // max(1, per_head)))

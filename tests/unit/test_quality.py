@@ -71,7 +71,7 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         seen.append(a.dtype)
         return multiply(a.to(out_dtype), b.to(out_dtype))
 
-    monkeypatch.setattr(quality, "_accumulates", lambda _, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(quality, "accumulates", lambda _, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(torch, "bmm", bmm)
     return seen
 
