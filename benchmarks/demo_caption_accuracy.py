@@ -66,7 +66,9 @@ def draw_captions(count: int) -> list[Any]:
     return list(captions.values())
 
 
-def draw(model: Any, codec: Any, caption: Any, cells: int, seed: int) -> Any:
+def draw(
+    model: Any, codec: Any, caption: Any, cells: int, seed: int, steps: int = STEPS
+) -> Any:
     """The picture of a caption by ComfyUI's KSampler: ``[height, width, 3]`` float32 in 0..1.
 
     Args:
@@ -75,6 +77,7 @@ def draw(model: Any, codec: Any, caption: Any, cells: int, seed: int) -> Any:
         caption: what to draw.
         cells: latent cells a side.
         seed: of the noise.
+        steps: of Euler's.
     """
     import nodes
     import torch
@@ -88,7 +91,7 @@ def draw(model: Any, codec: Any, caption: Any, cells: int, seed: int) -> Any:
     latent = {"samples": torch.zeros(1, 16, cells, cells)}
     with torch.inference_mode():
         (result,) = nodes.KSampler().sample(
-            model, seed, STEPS, 1.0, "euler", "simple", *conditions, latent, 1.0
+            model, seed, steps, 1.0, "euler", "simple", *conditions, latent, 1.0
         )
         return codec.decode(result["samples"])[0].cpu().numpy()
 
