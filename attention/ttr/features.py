@@ -93,7 +93,8 @@ class Features:
             ``[G, S, 1]``.
         """
         # A norm, unlike a mean of squares, takes no memory of the projections' size.
-        squared = torch.linalg.vector_norm(projected, dim=-1, keepdim=True).square()
+        norm: torch.Tensor = torch.linalg.vector_norm(projected, dim=-1, keepdim=True)
+        squared = norm.square()
         return squared * (self.damping[:, side] * (0.5 / projected.shape[-1])).view(-1, 1, 1)
 
     def of_keys(self, centred: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,6 @@ from .places import has_far, near_keys
 from .residual_serving import serve
 from .student import Prediction, Rows, Served, Student, StudentOptions
 
-
 _Work = Callable[..., tuple[torch.Tensor, ...]]
 
 _FIRST_SPREAD = 0.3

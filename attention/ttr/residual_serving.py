@@ -131,7 +131,7 @@ class _Heads:
     def _far_part(self, mean: torch.Tensor) -> _Far:
         """The far part, for k̄ ``[G, 1, D]``."""
         features, tiles = self._features, self._tiles
-        heads, count, _, width = self._key.shape
+        heads, count = self._key.shape[:2]
         half = features.bias.shape[1]
         exponents = self._wide.take("exponents", (heads, count * SLOTS, 2 * half))
         y = self._projected(self._key, features.key_map, mean)
@@ -150,8 +150,8 @@ class _Heads:
             torch.bmm(by_tile.transpose(1, 2), values, out=sums)
         else:
             sums = wide_product(by_tile.transpose(1, 2).to(values.dtype), values)
-        outside(tiles, sums.view(heads, count, -1), self._radius, self._wide)
-        mass = outside(tiles, mass, self._radius, self._wide).clamp_min_(FLOOR)
+        sums = outside(tiles, sums.view(heads, count, -1), self._radius, self._wide, "far")
+        mass = outside(tiles, mass, self._radius, self._wide, "mass").clamp_min_(FLOOR)
         sums = sums.view(heads, count, 2 * half, -1).div_(mass.unsqueeze(-1))
 
         rows = features.query_map
@@ -298,8 +298,10 @@ class _Far:
     row_term: torch.Tensor
 
 
-def outside(tiles: Tiles, sums: torch.Tensor, radius: int, space: Workspace) -> torch.Tensor:
-    """For each tile the sum over all tiles out of its window, in place.
+def outside(
+    tiles: Tiles, sums: torch.Tensor, radius: int, space: Workspace, name: str
+) -> torch.Tensor:
+    """For each tile the sum over all tiles out of its window.
 
     It is added up from tiles beside the window's columns and rows of tiles above and below it:
     nothing is subtracted, so that what is small beside the window's own sum keeps its digits, and
@@ -309,25 +311,36 @@ def outside(tiles: Tiles, sums: torch.Tensor, radius: int, space: Workspace) -> 
         tiles: T of them.
         sums: ``[G, T, W]``, of each tile.
         radius: of the windows, in tiles.
-        space: holds sums of columns of windows.
+        space: holds the answer.
+        name: of the answer's buffer.
+
+    Returns:
+        ``[G, T, W]``.
     """
     heads, _, width = sums.shape
+    out = space.take(name, sums.shape)
     whole = [sums[:, grid.first : grid.last].sum(dim=1) for grid in tiles.grids]
     for number, grid in enumerate(tiles.grids):
         rows, columns = grid.rows, grid.columns
-        own = sums[:, grid.first : grid.last]
+        own = sums[:, grid.first : grid.last].view(heads, rows, columns, width)
+        target = out[:, grid.first : grid.last].view(heads, rows, columns, width)
         beyond_rows = _beyond(rows, radius, sums.dtype, sums.device)
         beyond_columns = _beyond(columns, radius, sums.dtype, sums.device)
-        away = torch.matmul(beyond_rows, own.view(heads, rows, columns, width).sum(dim=2))
+        away = torch.matmul(beyond_rows, own.sum(dim=2))
         for other, total in enumerate(whole):
             if other != number:
                 away += total.unsqueeze(1)
-        band = space.take("band", (heads, rows, columns * width))
-        within = (1.0 - beyond_rows).expand(heads, rows, rows)
-        torch.bmm(within, own.reshape(heads, rows, columns * width), out=band)
-        beside = torch.matmul(beyond_columns, band.view(heads, rows, columns, width))
-        own.copy_((beside + away.unsqueeze(2)).view(own.shape))
-    return sums
+        wide = window_width(rows, radius)
+        # The window's rows of tiles lie together: one product adds up all that is beside it.
+        beside = beyond_columns.repeat(1, wide).expand(heads, -1, -1)
+        for row in range(rows):
+            top = window_start(row, rows, radius)
+            near_rows = own[:, top : top + wide].flatten(1, 2)
+            if heads == 1:
+                torch.addmm(away[0, row], beside[0], near_rows[0], out=target[0, row])
+            else:
+                target[:, row] = torch.baddbmm(away[:, row : row + 1], beside, near_rows)
+    return out
 
 
 @lru_cache(maxsize=32)

@@ -76,7 +76,7 @@ class ScanStudent(Student):
         wide, root = accumulation_dtype(query.dtype), math.sqrt(scale)
         # A GPU has products of its short types for less; sums from chunk to chunk are wide.
         dtype = query.dtype if query.device.type == "cuda" else wide
-        batch, heads, tokens, width = query.shape
+        batch, heads, tokens = query.shape[:3]
         out = query.new_empty(value.shape, dtype=wide)
         shape = (batch, heads, self.options.features, value.shape[-1])
         for backward in (False, True):
