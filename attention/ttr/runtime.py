@@ -211,7 +211,8 @@ class Runtime:
             self.options.kind, heads, head_dim, self.options.features,
             self.options.window_radius, self.options.landmarks,
         )  # fmt: skip
-        seed = (self._seed << 32) ^ zlib.crc32(name.encode())
+        # The generator looks at the lower 32 bits alone.
+        seed = zlib.crc32(f"{self._seed} {name}".encode())
         generator = torch.Generator().manual_seed(seed)
         # Modules draw first weights from the global generator, which is the sampling's.
         with training(torch.device("cpu")), torch.random.fork_rng(devices=[]):
