@@ -61,11 +61,10 @@ class KernelStudent(Student):
         numerator, denominator = self._sums(rows.key * root, rows.value)
         places = self._landmarks(rows)
         key, value = rows.key[:, :, places] * root, rows.value[:, :, places]
-        parts = []
-        queries = rows.query.shape[2]
+        parts, queries, shares = [], rows.query.shape[2], self._shares(places)
         for first in range(0, queries, chunk):
             query = rows.query[:, :, first : first + chunk] * root
-            arguments = (query, key, value, numerator, denominator)
+            arguments = (query, key, value, numerator, denominator, shares)
             if torch.is_grad_enabled() and chunk < queries:
                 parts.append(checkpoint(self._attend, *arguments, use_reentrant=False))
             else:
@@ -82,7 +81,7 @@ class KernelStudent(Student):
         kernel /= kernel.sum(dim=-1, keepdim=True).clamp_min(_FLOOR)
         places = self._landmarks(rows)
         some = torch.softmax(query @ key[:, :, places].transpose(-2, -1), dim=-1)
-        share = self._shares()
+        share = self._shares(places)
         return (kernel * (1.0 - share)).index_add_(3, places, some * share)
 
     @torch.no_grad()
@@ -103,8 +102,8 @@ class KernelStudent(Student):
             query, key[:, :, places], value[:, :, places], scale=scale
         )
         batch, heads, tokens, _ = query.shape
-        step = self._heads_at_a_time(tokens, dtype)
-        shares = self._shares().to(dtype)
+        step = self._heads_at_a_time(tokens, query.dtype)
+        shares = self._shares(places).to(dtype)
         for row in range(batch):
             for head in range(0, heads, step):
                 some = slice(head, min(head + step, heads))
@@ -117,11 +116,11 @@ class KernelStudent(Student):
         batch, heads, tokens, width = query_shape
         features, chunk = self.options.features, min(chunk, queries)
         text_and_landmarks = min(tokens, self.options.landmarks + _USUAL_TEXT)
-        # Keys times the scale's root, their projections, features, and gradients of these.
-        of_keys = tokens * (width + 4 * features)
-        of_queries = chunk * (4 * features + 4 * text_and_landmarks) + queries * 6 * width
-        landmarks = text_and_landmarks * 2 * width
-        return 4 * batch * heads * (of_keys + of_queries + landmarks)
+        # Keys times the scale's root and their features, in two layers; then queries' features and
+        # products with landmarks, or the gradient of the keys' features.
+        of_keys = tokens * (width + 2 * features)
+        of_queries = chunk * (4 * features + 2 * text_and_landmarks) + queries * 6 * width
+        return 4 * batch * heads * (of_keys + max(tokens * features, of_queries))
 
     def serving_bytes(
         self,
@@ -131,10 +130,9 @@ class KernelStudent(Student):
         chunk: int,
     ) -> int:
         batch, heads, tokens, width = query_shape
-        wide = accumulation_dtype(dtype)
-        group = self._heads_at_a_time(tokens, wide)
+        group = self._heads_at_a_time(tokens, dtype)
         out = batch * heads * tokens * width * dtype.itemsize
-        return out + group * wide.itemsize * self._head_numbers(tokens)
+        return out + group * self._head_bytes(tokens, dtype)
 
     @classmethod
     def flops(
@@ -151,12 +149,17 @@ class KernelStudent(Student):
         return batch * heads * 4.0 * tokens * width * (2.0 * options.features + landmarks)
 
     def _heads_at_a_time(self, tokens: int, dtype: torch.dtype) -> int:
-        of_head = dtype.itemsize * self._head_numbers(tokens)
-        return max(1, min(self.options.heads, _SERVING_BYTES // of_head))
+        return max(1, min(self.options.heads, _SERVING_BYTES // self._head_bytes(tokens, dtype)))
 
-    def _head_numbers(self, tokens: int) -> int:
-        """Numbers that serving holds of a head: query, key, value, output, features twice."""
-        return tokens * (5 * self.options.head_dim + 2 * self.options.features)
+    def _head_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """What serving holds of a head: copies, features in two layers, or features and output."""
+        wide, width, features = (
+            accumulation_dtype(dtype),
+            self.options.head_dim,
+            self.options.features,
+        )
+        copies = 0 if dtype == wide else 3 * width
+        return wide.itemsize * tokens * (copies + features + 2 * width + max(features, width))
 
     def _regress(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: slice
@@ -184,16 +187,18 @@ class KernelStudent(Student):
         value: torch.Tensor,
         numerator: torch.Tensor,
         denominator: torch.Tensor,
+        shares: torch.Tensor,
     ) -> torch.Tensor:
         of_queries = _features(query, self.query_map, self.query_bias)
         kernel = (of_queries @ numerator) / (of_queries @ denominator).clamp_min(_FLOOR)
         with torch.no_grad():
             exact = torch.softmax(query @ key.transpose(-2, -1), dim=-1) @ value
-        return torch.lerp(kernel, exact, self._shares())
+        return torch.lerp(kernel, exact, shares)
 
-    def _shares(self) -> torch.Tensor:
-        """The landmarks' share, ``[H, 1, 1]``."""
-        return torch.sigmoid(self.share).view(-1, 1, 1)
+    def _shares(self, places: torch.Tensor) -> torch.Tensor:
+        """The landmarks' share, ``[H, 1, 1]``: none where there are no landmarks."""
+        shares = torch.sigmoid(self.share).view(-1, 1, 1)
+        return shares if len(places) else shares * 0.0
 
     def _landmarks(self, rows: Rows) -> torch.Tensor:
         assert rows.layout is not None

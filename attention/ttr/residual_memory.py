@@ -35,9 +35,9 @@ def training_heads(options: StudentOptions, keys: int, chunk: int) -> int:
 def _head_bytes(options: StudentOptions, keys: int, chunk: int) -> int:
     """Of one head and ``chunk`` queries, forward and backward."""
     # Of the keys: centred and scaled, their projections and features, and the gradients of these.
-    of_keys = 3 * options.head_dim + 5 * options.features
-    # Of the pairs: near logits, or the kernel, its gradient and where it is masked.
-    return 4 * keys * (of_keys + 4 * chunk)
+    of_keys = 3 * options.head_dim + 3.5 * options.features
+    # Of the pairs: near logits and their mask, or the kernel and its gradient.
+    return int(4 * keys * (of_keys + 3 * chunk))
 
 
 def training_bytes(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
+from ..reasons import Fallback
 from ..taylor.kernel import accumulation_dtype
 from ..token_layout import TokenLayout
 from .student import Prediction, Rows, Served, Student, StudentOptions
@@ -46,6 +47,14 @@ class ScanStudent(Student):
         # Small beside the bias, by which φ(q)·φ(k) is 1.
         self.second = drawn(features, features, _FIRST_SPREAD / math.sqrt(features))
         self.second_bias = nn.Parameter(torch.full((features,), features**-0.5))
+
+    def refuses(
+        self, query_shape: Sequence[int], key_shape: Sequence[int], layout: TokenLayout | None
+    ) -> tuple[Fallback, str] | None:
+        if query_shape[2] != key_shape[2]:
+            detail = f"a scan needs as many keys as queries: {key_shape[2]} and {query_shape[2]}"
+            return Fallback.LAYOUT, detail
+        return None
 
     def predict(self, rows: Rows, chunk: int) -> Prediction:
         root = math.sqrt(rows.scale)
@@ -104,10 +113,11 @@ class ScanStudent(Student):
     def training_bytes(self, query_shape: Sequence[int], queries: int, chunk: int) -> int:
         batch, heads, tokens, width = query_shape
         features, chunk = self.options.features, min(chunk, queries)
-        # Of the keys: scaled, φ's three layers and their gradients.
-        of_keys = tokens * (width + 6 * features)
-        pairs = chunk * tokens * 4
-        return 4 * batch * heads * (of_keys + pairs + queries * 4 * width)
+        # Of the keys: scaled, φ's layers and their gradients. Of the pairs: products, weights by
+        # place, and their gradients.
+        of_keys = tokens * (width + 4.5 * features)
+        pairs = chunk * tokens * 3.5
+        return int(4 * batch * heads * (of_keys + pairs + queries * 4 * width))
 
     def serving_bytes(
         self,
@@ -124,8 +134,8 @@ class ScanStudent(Student):
         # The running sums of a chunk, what they are made of, and those from chunk to chunk.
         of_chunk = size * chunk * (features * width + 4 * features + 4 * width)
         held = wide * 2 * features * width
-        out = wide * tokens * width + (0 if size == wide else size * tokens * width)
-        return batch * heads * (of_chunk + held + out)
+        short = 0 if dtype.itemsize == wide else dtype.itemsize * tokens * width
+        return batch * heads * (wide * tokens * width + max(short, of_chunk + held))
 
     @classmethod
     def flops(
