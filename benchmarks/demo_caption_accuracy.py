@@ -66,9 +66,7 @@ def draw_captions(count: int) -> list[Any]:
     return list(captions.values())
 
 
-def draw(
-    model: Any, codec: Any, caption: Any, cells: int, seed: int, steps: int = STEPS
-) -> Any:
+def draw(model: Any, codec: Any, caption: Any, cells: int, seed: int, steps: int = STEPS) -> Any:
     """The picture of a caption by ComfyUI's KSampler: ``[height, width, 3]`` float32 in 0..1.
 
     Args:

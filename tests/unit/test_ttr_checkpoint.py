@@ -141,9 +141,7 @@ def test_tensors_that_nobody_named_and_those_that_are_not_finite_are_refused(
 @pytest.mark.parametrize(
     ("field", "value"), [("student", "kernel"), ("features", 32), ("window_radius", 2)]
 )
-def test_students_of_other_settings_are_refused(
-    tmp_path: Path, field: str, value: object
-) -> None:
+def test_students_of_other_settings_are_refused(tmp_path: Path, field: str, value: object) -> None:
     other = info(**{field: value})
     with pytest.raises(CheckpointError, match=f"its {field} is {value!r}; allowed: "):
         checkpoint.check_fit(tmp_path / "a", other, OPTIONS, "abc", named=True)
