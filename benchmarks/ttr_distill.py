@@ -2,8 +2,9 @@
 
 ComfyUI's KSampler draws captions of the training set at the model's largest size (64×64 latent
 cells: 32×32 image tokens and the text) with the Flux2TTR node in mode ``distill`` as it comes: one
-update of each layer at each of its calls, so 256 of 64 captions with 4 Euler steps each. Then the students serve every layer and step of 20 captions and seeds that neither the
-model's training nor the students' has seen, 20 Euler steps each, beside exact attention.
+update of each layer at each of its calls, so 256 of 64 captions with 4 Euler steps each. Then the
+students serve every layer and step of 20 captions and seeds that neither the model's training nor
+the students' has seen, 20 Euler steps each, beside exact attention.
 
 ``ttr_residual_nmse``: median over captions, layers and steps of the NMSE of each served call
 against exact attention on its own query, key and value; likewise ``ttr_kernel_nmse`` and

@@ -22,10 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "comfyui")]
-
 from demo_caption_accuracy import find_comfyui, prepare
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests" / "comfyui")]
 
 RESULTS = ("ttr_memory_growth_mb",)
 

@@ -1,4 +1,4 @@
-"""Flux2TTR in the real ComfyUI: it distills, it serves, and whatever fails, the image is finished."""
+"""Flux2TTR in the real ComfyUI: it distills, it serves, and the image is always finished."""
 
 from __future__ import annotations
 

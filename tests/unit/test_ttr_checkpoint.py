@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read; what is damaged or foreign is refused by its exact path."""
+"""Checkpoints: what is written is read; what is damaged or foreign is refused by its path."""
 
 from __future__ import annotations
 

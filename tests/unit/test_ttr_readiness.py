@@ -1,4 +1,4 @@
-"""Readiness: an average free of bias, a threshold with hysteresis, and a least number of updates."""
+"""Readiness: an average free of bias, a threshold with hysteresis, a least number of updates."""
 
 from __future__ import annotations
 

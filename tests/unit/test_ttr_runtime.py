@@ -89,7 +89,9 @@ def test_each_layer_has_first_weights_of_its_own_and_the_global_generator_is_lef
         one, other, twin = runtime(), runtime(), Runtime(None, OPTIONS, 1, MODEL)
         weights = [
             owner.layer(name, 2, 8, CPU).student.state_dict()["weight"]
-            for owner, name in ((one, "single.0"), (one, "single.1"), (other, "single.0"), (twin, "single.0"))
+            for owner, name in (
+                (one, "single.0"), (one, "single.1"), (other, "single.0"), (twin, "single.0"),
+            )
         ]  # fmt: skip
     assert torch.equal(weights[0], weights[2])
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[3])

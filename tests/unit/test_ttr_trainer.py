@@ -189,7 +189,7 @@ def test_predictions_stay_differentiable_with_tensors_of_the_inference_mode() ->
         rows, target = lesson()
     with torch.inference_mode(), training(CPU):
         one = student()
-        with pytest.raises(RuntimeError, match="[Ii]nference"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference"):
             Trainer(one).update(rows, target, RATES, LOSS, 64)
         clones = Rows(
             rows.query.clone(), rows.index, rows.key.clone(), rows.value.clone(), 0.35, None

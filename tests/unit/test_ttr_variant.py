@@ -1,4 +1,4 @@
-"""Flux2TTR as a variant: its gates, what it wants to be shown, and what it says without students."""
+"""Flux2TTR as a variant: its gates, what it wants to be shown, what it says without students."""
 
 from __future__ import annotations
 
