@@ -293,10 +293,9 @@ class TtrSettings(Measured):
     training_chunk: int = setting(
         64,
         Group.MEMORY,
-        "Scan student: most tokens of a chunk in training, which holds far more than serving. "
-        "Halved for a layer that runs out of memory, and not raised again in that run. Of the "
-        "other students it is most queries of a chunk of an update.",
-        unit="tokens",
+        "Most queries of an update that are computed at a time, each with the weights of all "
+        "keys. Halved for a layer that runs out of memory, and not raised again in that run.",
+        unit="queries",
         live=False,
         ge=1,
         le=65_536,

@@ -144,9 +144,9 @@ class _Heads:
         if self._dead is not None:
             by_tile.view(heads, count, SLOTS, -1).masked_fill_(self._dead.unsqueeze(-1), 0.0)
         mass = by_tile.sum(dim=1).view(heads, count, -1)
-        sums = self._wide.take("sums", (heads * count, 2 * half, self._value.shape[-1]))
         values = self._value.flatten(0, 1)
-        if values.dtype == sums.dtype:
+        if values.dtype == by_tile.dtype:
+            sums = self._wide.take("sums", (heads * count, 2 * half, values.shape[-1]))
             torch.bmm(by_tile.transpose(1, 2), values, out=sums)
         else:
             sums = wide_product(by_tile.transpose(1, 2).to(values.dtype), values)
