@@ -53,7 +53,7 @@ class Amount:
 
 
 RESIDUAL = Amount(64, 20)
-BESIDE = {"kernel": Amount(32, 3), "scan": Amount(8, 1)}
+BESIDE = {"kernel": Amount(32, 3), "scan": Amount(32, 1)}
 
 
 @dataclass
