@@ -66,10 +66,13 @@ def _number(
     """The input of a number, which must have both ends: JSON has no infinity for the page."""
     extra: Any = field.json_schema_extra or {}
     step = extra.get("step") or (1 if kind is int else 0.01)
-    least, most, above = (_limit(field, limit) for limit in ("ge", "le", "gt"))
+    least, most = _limit(field, "ge"), _limit(field, "le")
+    above, below = _limit(field, "gt"), _limit(field, "lt")
+    # The page knows no open ends: the outermost values are a step inside.
     if least is None and above is not None:
-        # The page knows no open ends: the smallest value is a step inside.
         least = above + step
+    if most is None and below is not None:
+        most = below - step
     if least is None or most is None:
         raise TypeError(f"{name}: a number needs a least and a greatest value to have an input")
     limits: dict[str, Any] = {"min": kind(least), "max": kind(most), "step": kind(step)}
