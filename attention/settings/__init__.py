@@ -11,12 +11,14 @@ from .hybrid import HybridSettings
 from .monitor import MonitorSettings
 from .taylor import TaylorSettings
 from .tiled import TiledSettings
+from .ttr import TtrSettings
 
 SETTINGS: dict[str, type[VariantSettings]] = {
     "exact": MonitorSettings,
     "taylor": TaylorSettings,
     "hybrid": HybridSettings,
     "tiled": TiledSettings,
+    "ttr": TtrSettings,
 }
 """Settings model of each variant, by the variant's name."""
 
@@ -44,6 +46,7 @@ __all__ = [
     "MonitorSettings",
     "TaylorSettings",
     "TiledSettings",
+    "TtrSettings",
     "VariantSettings",
     "setting",
     "settings_model",
