@@ -11,13 +11,14 @@ from sqlalchemy.orm import Session
 
 from ..attention.distillation import TRAINING_METRICS
 from ..attention.metrics import Metric
-from ..db import changes, models, runs, students
+from ..db import changes, models, revisions, runs, students
 from ..db.student_models import StudentEventRow, StudentLayer, StudentReadiness
 from . import downsampling, problems
 from .schemas import FieldProblem
 from .training_schemas import (
     Distillation,
     ReadyInterval,
+    RevisionMark,
     StudentEventItem,
     StudentEvents,
     StudentLayerState,
@@ -79,7 +80,31 @@ def summary(session: Session, run: models.Run) -> Distillation:
         _layer(names[number], known.get(number), changed.get(number, []))
         for number in sorted(known.keys() | changed.keys())
     ]
-    return Distillation(seq=seq, totals=totals(session, run), layers=layers)
+    return Distillation(
+        seq=seq,
+        totals=totals(session, run),
+        layers=layers,
+        marks=_marks(session, run, list(known.values())),
+    )
+
+
+def _marks(
+    session: Session, run: models.Run, layers: Sequence[StudentLayer]
+) -> list[RevisionMark]:
+    applied = [
+        (row.number, row.applied_step)
+        for row in revisions.of_run(session, run.id)
+        if row.number > 0 and row.applied_step is not None
+    ]
+    if not applied or not layers:
+        return []
+    longest = max(layers, key=lambda row: row.updates)
+    updates = students.first_updates(session, longest, [step for _, step in applied])
+    return [
+        RevisionMark(revision=number, step=step, update=update)
+        for (number, step), update in zip(applied, updates, strict=True)
+        if update is not None
+    ]
 
 
 def _layer(
@@ -198,7 +223,7 @@ def window(
         "updates": total,
     }
     if not known or last < first:
-        empty = {"width": width or 1, "start": [], "points": 0, "nonfinite": []}
+        empty = {"width": width or 1, "start": [], "counts": [], "nonfinite": []}
         return {**head, **empty, **_parts(parts)}
     step = width or downsampling.width_for(first, last, points)
     count = last // step - first // step + 1
@@ -225,7 +250,7 @@ def window(
         **head,
         "width": step,
         "start": made.start,
-        "points": made.points,
+        "counts": made.counts,
         "nonfinite": odd,
         **_parts(parts, made, metric),
     }

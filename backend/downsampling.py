@@ -51,7 +51,7 @@ class Buckets:
         last: and the last one.
         mean: and their mean.
         nonfinite: how many were NaN or infinite, int64.
-        points: measured values in all.
+        counts: measured values of all layers, int64 [buckets].
     """
 
     start: Ints
@@ -62,7 +62,7 @@ class Buckets:
     last: Floats
     mean: Floats
     nonfinite: Ints
-    points: int
+    counts: Ints
 
 
 def buckets(
@@ -86,13 +86,13 @@ def buckets(
     shape = (len(layers), count)
     made = {name: np.full(shape, np.nan) for name in ("low", "high", "first", "last", "mean")}
     nonfinite = np.zeros(shape, np.int64)
-    points = 0
+    counts = np.zeros(count, np.int64)
     for row, layer in enumerate(layers):
         if layer not in series:
             continue
         updates, values = series[layer]
-        points += len(values)
         place = updates // width - begin
+        counts += np.bincount(place, minlength=count)
         finite = np.isfinite(values)
         if not finite.all():
             nonfinite[row] = np.bincount(place[~finite], minlength=count)
@@ -112,7 +112,7 @@ def buckets(
         made["last"][row, at] = values[ends - 1]
         made["mean"][row, at] = np.add.reduceat(values, starts, dtype=np.float64) / (ends - starts)
     start = (begin + np.arange(count, dtype=np.int64)) * width
-    return Buckets(start=start, width=width, nonfinite=nonfinite, points=points, **made)
+    return Buckets(start=start, width=width, nonfinite=nonfinite, counts=counts, **made)
 
 
 def worst(made: Buckets, metric: Metric) -> Floats:

@@ -48,12 +48,21 @@ class StudentLayerState(Message):
     latest: dict[str, Number] = Field(description="newest measured value of each metric")
 
 
+class RevisionMark(Message):
+    """Where a revision of the settings stands on an axis of updates."""
+
+    revision: int = Field(description="its number")
+    step: int = Field(description="the first that ran with it")
+    update: int = Field(description="the first one then of the layer that has had most")
+
+
 class Distillation(Message):
     """A run's training of students."""
 
     seq: int = Field(description="change feed position that the answer includes")
     totals: TrainingTotals
     layers: list[StudentLayerState] = Field(description="in the model's order")
+    marks: list[RevisionMark] = Field(description="revisions that were applied, oldest first")
 
 
 class StudentEventItem(Message):
@@ -103,10 +112,10 @@ class TrainingWindow(Message):
     first_update: int = Field(description="least update number of these layers in the run")
     last_update: int = Field(description="greatest one")
     updates: int = Field(description="of these layers in the run")
-    points: int = Field(description="measured values that the answer stands for")
     layers: list[str]
     width: int = Field(description="update numbers of a bucket")
     start: list[int] = Field(description="first update number of each bucket")
+    counts: list[int] = Field(description="measured values that each bucket stands for")
     nonfinite: list[tuple[int, int, int]] = Field(
         description="row, column and count of values that were NaN or infinite"
     )

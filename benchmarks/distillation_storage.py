@@ -120,14 +120,17 @@ def rows_table(path: Path, updates: int) -> tuple[sqlite3.Connection, float]:
     connection.execute("PRAGMA synchronous=NORMAL")
     names = ", ".join(f'"{name}" REAL' for name in TRAINING_METRIC_NAMES)
     connection.execute(
-        f'CREATE TABLE rows (run INT, layer INT, "update" INT, step INT, seq INT, at REAL, {names},'
-        ' PRIMARY KEY (run, layer, "update")) WITHOUT ROWID'
+        'CREATE TABLE rows (run INT, layer INT, "update" INT, step INT, seq INT, at REAL, '
+        f'{names}, PRIMARY KEY (run, layer, "update")) WITHOUT ROWID'
     )
     seconds = 0.0
     for layer in range(LAYERS):
         made = columns_of(layer, updates)
         columns = [
-            [value if known else None for value, known in zip(c.values.tolist(), c.measured.tolist(), strict=True)]
+            [
+                value if known else None
+                for value, known in zip(c.values.tolist(), c.measured.tolist(), strict=True)
+            ]
             for c in made.metrics.values()
         ]
         whole = [column.tolist() for column in made.whole.values()]
@@ -196,7 +199,9 @@ def main() -> None:
         sqlite3.connect(database).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         total = options.updates // BLOCK * BLOCK
         size = (database.stat().st_size - before) / (total * LAYERS)
-        print(f"blocks: {total:,} updates of {LAYERS} layers packed and written in {seconds:.1f} s")
+        print(
+            f"blocks: {total:,} updates of {LAYERS} layers packed and written in {seconds:.1f} s"
+        )
 
         metric = distillation.metric_of(METRIC)
 

@@ -248,6 +248,33 @@ def _tail_parts(
         yield int(of_layer[start]), of_update[start:stop], part
 
 
+def first_updates(session: Session, row: StudentLayer, steps: Sequence[int]) -> list[int | None]:
+    """The number of a layer's first update at or after each step; None where there is none."""
+    block = StudentBlock
+    query = select(block.name, block.block, block.first_update, block.count, block.data).where(
+        block.run == row.run, block.layer == row.layer, block.name.in_(("step", "update"))
+    )
+    columns: dict[tuple[int, str], Ints] = {}
+    for name, number, first, count, data in session.execute(query.order_by(block.block)):
+        columns[number, name] = student_blocks.unpack_whole(data)
+        if name == "step":
+            columns.setdefault((number, "update"), np.arange(first, first + count, dtype=np.int64))
+    table = student_updates
+    newest = select(table.c.step, table.c.update).where(
+        table.c.run == row.run, table.c.layer == row.layer
+    )
+    pairs = session.execute(newest.order_by(table.c.place)).all()
+    blocks = sorted({number for number, _ in columns})
+    at_step = np.concatenate(
+        [*(columns[n, "step"] for n in blocks), np.array([p[0] for p in pairs], np.int64)]
+    )
+    update = np.concatenate(
+        [*(columns[n, "update"] for n in blocks), np.array([p[1] for p in pairs], np.int64)]
+    )
+    places = np.searchsorted(at_step, np.array(steps, np.int64))
+    return [int(update[place]) if place < len(update) else None for place in places]
+
+
 def batches(session: Session, run: int) -> Sequence[StudentBatch]:
     """The events of updates, oldest first."""
     query = select(StudentBatch).where(StudentBatch.run == run)

@@ -6,6 +6,7 @@ import math
 from io import BytesIO
 from typing import Any
 
+import plotly.graph_objects
 import pytest
 from sqlalchemy import func, select
 from support.events import INF, NAN, READY_BELOW, RunScript, training_value
@@ -90,8 +91,8 @@ def test_packed_and_new_updates_make_one_series(api: Any, updates: int) -> None:
                     assert (one is None) == (other is None)
                     assert one is None or one == pytest.approx(other, rel=1e-6)
     measured = updates // 10 * 3
-    assert series(api, script, metric="nmse")["points"] == measured
-    assert series(api, script, metric="attention_kl")["points"] == 0
+    assert sum(series(api, script, metric="nmse")["counts"]) == measured
+    assert sum(series(api, script, metric="attention_kl")["counts"]) == 0
 
 
 def test_a_window_has_the_spike_and_says_how_much_it_stands_for(api: Any) -> None:
@@ -101,7 +102,7 @@ def test_a_window_has_the_spike_and_says_how_much_it_stands_for(api: Any) -> Non
     loss[4500], loss[4501], loss[20] = NAN, INF, -INF
     api.send(script.started(), script.updates(range(1, 3001), loss=loss))
     whole = series(api, script, metric="loss", points=50)
-    assert whole["width"] == 64 and whole["points"] == whole["updates"] == 6000
+    assert whole["width"] == 64 and sum(whole["counts"]) == whole["updates"] == 6000
     assert len(whole["start"]) <= 50
     # number 4321 in the event is update 2161 of the second layer
     column = 2161 // 64
@@ -114,7 +115,7 @@ def test_a_window_has_the_spike_and_says_how_much_it_stands_for(api: Any) -> Non
     ]
     zoomed = series(api, script, metric="loss", from_update=2100, to_update=2200, points=200)
     assert zoomed["width"] == 1 and zoomed["start"] == list(range(2100, 2201))
-    assert zoomed["points"] == 202
+    assert zoomed["counts"] == [2] * 101
     assert zoomed["lines"]["high"][1][2161 - 2100] == 77.0
     one = series(api, script, metric="loss", layer="single.1", points=50, part="lines")
     assert one["layers"] == ["single.1"] and one["heatmap"] is None
@@ -145,12 +146,12 @@ def test_numbers_that_jump_or_go_back_keep_their_place(api: Any) -> None:
     numbers = [*range(500, 500 + BLOCK), *range(600, 700), 5000]
     api.send(script.started(), script.updates(numbers))
     found = series(api, script, metric="loss", part="lines", points=4000, from_update=600)
-    assert found["first_update"] == 500 and found["points"] == BLOCK - 100 + 101
+    assert found["first_update"] == 500 and sum(found["counts"]) == BLOCK - 100 + 101
     odd = RunScript(layers=1, variant="ttr")
     order = [*range(1, 600), *range(100, 100 + BLOCK)]
     api.send(odd.started(), odd.updates(order))
     found = series(api, odd, metric="loss", part="lines", points=4000)
-    assert found["points"] == len(order)
+    assert sum(found["counts"]) == len(order)
     shown = {
         start: value
         for start, value in zip(found["start"], found["lines"]["low"][0], strict=True)
@@ -184,6 +185,24 @@ def test_readiness_has_a_history(api: Any) -> None:
     assert spans == [(40, 50), (20, None)]
 
 
+@pytest.mark.parametrize("each", [5, 300])
+def test_a_revision_has_its_place_among_the_updates(api: Any, each: int) -> None:
+    script = RunScript(layers=2, variant="ttr")
+    events = [script.started()]
+    for step in range(8):
+        numbers = range(step * each + 1, (step + 1) * each + 1)
+        events.append(script.updates(numbers, step=step))
+    api.send(*events)
+    pushed = api.client.put(
+        f"/api/v1/runs/{script.run_id}/settings",
+        json={"base_revision": 0, "settings": {"training_paused": True}},
+    ).json()
+    assert api.get(path(script))["marks"] == []
+    api.send(script.report(pushed["id"], "applied", 5))
+    marks = api.get(path(script))["marks"]
+    assert marks == [{"revision": 1, "step": 5, "update": 5 * each + 1}]
+
+
 def test_events_come_in_pages_with_their_words(api: Any) -> None:
     script = RunScript(layers=1, variant="ttr")
     kinds = [event.value for event in StudentEvent]
@@ -199,13 +218,40 @@ def test_events_come_in_pages_with_their_words(api: Any) -> None:
     assert [metric["name"] for metric in words["training"]] == list(TRAINING_METRIC_NAMES)
 
 
+def test_figures_are_defined_once_and_filled_from_a_window(api: Any) -> None:
+    script = RunScript(layers=2, variant="ttr")
+    loss = [1.0] * 200
+    loss[10], loss[11], loss[13] = 0.0, NAN, 100.0
+    api.send(script.started(), script.updates(range(1, 101), loss=loss))
+    window = series(api, script, metric="loss", points=60)
+    url = path(script, "/figures/heatmap")
+    bare = api.get(url, metric="loss", data=0)
+    assert all("z" not in trace for trace in bare["data"])
+    cells, marks = api.get(url, metric="loss", points=60)["data"]
+    assert cells["x"] == [start + 0.5 for start in window["start"]]
+    assert cells["customdata"] == window["heatmap"] and cells["y"] == window["layers"]
+    column = 7 // 2 - 1 // 2
+    assert cells["customdata"][1][column] == 100.0 and cells["z"][1][column] == 2.0
+    assert marks["y"] == ["single.1"] and marks["x"] == [window["start"][6 // 2] + 0.5]
+    for name in ("heatmap", "bands"):
+        for metric in TRAINING_METRIC_NAMES:
+            drawn = api.get(path(script, f"/figures/{name}"), metric=metric)
+            plotly.graph_objects.Figure(
+                data=[{k: v for k, v in t.items() if k != "meta"} for t in drawn["data"]],
+                layout=drawn["layout"],
+            )
+    bands = {t["name"]: t for t in api.get(path(script, "/figures/bands"), metric="loss")["data"]}
+    assert max(bands["largest"]["y"]) == 100.0
+    assert bands["median layer"]["x"][0] == 1
+
+
 def test_a_run_without_training_says_so(api: Any) -> None:
     script = RunScript(layers=2)
     api.send(script.started())
     made = api.get(path(script))
     assert made["totals"]["updates"] == 0 and made["layers"] == []
     found = series(api, script)
-    assert found["start"] == [] and found["points"] == 0 and found["layers"] == []
+    assert found["start"] == [] and found["counts"] == [] and found["layers"] == []
 
 
 def test_wrong_questions_get_clear_answers(api: Any) -> None:
