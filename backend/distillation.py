@@ -26,6 +26,8 @@ from .training_schemas import (
 )
 
 BY_NAME: dict[str, Metric] = {metric.name: metric for metric in TRAINING_METRICS}
+Found = dict[int, students.Series]
+
 RECENT_BATCHES = 33
 """Updates per second are those of the newest so many events, and of them the last minute."""
 RECENT_SECONDS = 60.0
@@ -239,8 +241,17 @@ def window(
             ]
         )
     # whole buckets, or the ones at the edges would say less than they hold
-    low, high = first // step * step, (last // step + 1) * step - 1
-    found = students.series(session, run.id, metric.name, rows if layers else None, low, high)
+    chosen = rows if layers else None
+
+    def read(size: int) -> Found:
+        low, high = first // size * size, (last // size + 1) * size - 1
+        return students.series(session, run.id, metric.name, chosen, low, high)
+
+    found = read(step)
+    sparse = 1 if width else downsampling.width_of_stride(one for one, _ in found.values())
+    if sparse > step:
+        step = sparse
+        found = read(step)
     made = downsampling.buckets(found, rows, first, last, step)
     odd = [
         [int(row), int(column), int(made.nonfinite[row, column])]

@@ -10,7 +10,7 @@ narrower ones, and a growing series changes its last bucket alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,20 @@ def width_for(first: int, last: int, points: int) -> int:
     """
     width = 1
     while last // width - first // width + 1 > points:
+        width *= 2
+    return width
+
+
+def width_of_stride(series: Iterable[npt.NDArray[np.int64]]) -> int:
+    """The least power of two that is no narrower than the usual gap between measured updates.
+
+    Narrower buckets would mostly be empty and draw a metric that comes at every tenth update as
+    stripes.
+    """
+    gaps = [float(np.median(np.diff(updates))) for updates in series if len(updates) > 1]
+    usual = float(np.median(gaps)) if gaps else 1.0
+    width = 1
+    while width < usual:
         width *= 2
     return width
 

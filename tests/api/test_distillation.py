@@ -82,7 +82,7 @@ def test_packed_and_new_updates_make_one_series(api: Any, updates: int) -> None:
     packed = counts(api)["student_updates"]
     assert packed == 3 * (updates % BLOCK)
     for metric in ("loss", "nmse"):
-        found = series(api, script, metric=metric, points=4000, part="lines")
+        found = series(api, script, metric=metric, width=1, part="lines")
         assert found["width"] == 1 and found["start"] == list(range(1, updates + 1))
         for row in range(3):
             expected = [training_value(metric, number, row) for number in found["start"]]
@@ -124,6 +124,14 @@ def test_a_window_has_the_spike_and_says_how_much_it_stands_for(api: Any) -> Non
     later = series(api, script, metric="loss", width=64, from_update=2990)
     assert later["start"] == whole["start"][-2:] or later["start"] == whole["start"][-1:]
     assert later["heatmap"][0] == whole["heatmap"][0][-len(later["start"]) :]
+
+
+def test_a_metric_that_comes_at_every_tenth_update_leaves_no_stripes(api: Any) -> None:
+    script = trained(api, 300)
+    found = series(api, script, metric="nmse", points=1000)
+    assert found["width"] == 16 and sum(found["counts"]) == 3 * 30
+    assert all(count > 0 for count in found["counts"][1:])
+    assert series(api, script, metric="loss", points=1000)["width"] == 1
 
 
 def test_sending_twice_changes_nothing(api: Any) -> None:
