@@ -22,6 +22,8 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 QUANTILES = (0.1, 0.5, 0.9)
+ENOUGH = 500
+"""Measured values of a layer that tell how far apart they usually are."""
 
 
 def width_for(first: int, last: int, points: int) -> int:
@@ -44,7 +46,8 @@ def width_of_stride(series: Iterable[npt.NDArray[np.int64]]) -> int:
     Narrower buckets would mostly be empty and draw a metric that comes at every tenth update as
     stripes.
     """
-    gaps = [float(np.median(np.diff(updates))) for updates in series if len(updates) > 1]
+    newest = [updates[-ENOUGH:] for updates in series]
+    gaps = [float(np.median(np.diff(updates))) for updates in newest if len(updates) > 1]
     usual = float(np.median(gaps)) if gaps else 1.0
     width = 1
     while width < usual:
@@ -93,8 +96,9 @@ def buckets(
         layers: the rows of the answer, in order.
         first: least update number; the first bucket is the one that holds it.
         last: greatest one.
-        width: of a bucket.
+        width: of a bucket, a power of two.
     """
+    shift = width.bit_length() - 1
     begin = first // width
     count = last // width - begin + 1
     shape = (len(layers), count)
@@ -105,21 +109,24 @@ def buckets(
         if layer not in series:
             continue
         updates, values = series[layer]
-        place = updates // width - begin
-        counts += np.bincount(place, minlength=count)
+        place = (updates >> shift) - begin
         finite = np.isfinite(values)
         if not finite.all():
             nonfinite[row] = np.bincount(place[~finite], minlength=count)
+            counts += nonfinite[row]
             place, values = place[finite], values[finite]
         if len(values) == 0:
             continue
-        if (np.diff(place) < 0).any():
+        jumps = np.diff(place)
+        if len(jumps) and jumps.min() < 0:
             # a student that was set back goes through the same numbers again
             order = np.argsort(place, kind="stable")
             place, values = place[order], values[order]
-        starts = np.flatnonzero(np.diff(place, prepend=-1))
+            jumps = np.diff(place)
+        starts = np.append(0, np.flatnonzero(jumps) + 1)
         at = place[starts]
         ends = np.append(starts[1:], len(values))
+        counts[at] += ends - starts
         made["low"][row, at] = np.minimum.reduceat(values, starts)
         made["high"][row, at] = np.maximum.reduceat(values, starts)
         made["first"][row, at] = values[starts]
