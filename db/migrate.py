@@ -104,7 +104,7 @@ def _refuse_newer(store: Store, revision: str | None) -> None:
 
 def missing_metrics(connection: Connection) -> list[tuple[Table, str]]:
     """Metrics of this version that the database has no column for yet, with their tables."""
-    missing = []
+    missing: list[tuple[Table, str]] = []
     for table, names in METRIC_TABLES:
         present = {column["name"] for column in inspect(connection).get_columns(table.name)}
         missing.extend((table, name) for name in names if name not in present)

@@ -9,7 +9,7 @@ zlib, and times are float64.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ class Column:
     measured: Bools
 
 
-def of_metric(values: list[float | None]) -> Column:
+def of_metric(values: Sequence[float | None]) -> Column:
     """A column from numbers; None was not measured."""
     made = np.array(values, dtype=np.float64)
     with np.errstate(over="ignore"):

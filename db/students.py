@@ -114,10 +114,10 @@ def pack(session: Session, row: StudentLayer, new: Sequence[Row]) -> Sequence[Ro
     waiting = [*tail(session, run, layer), *new]
     full = len(waiting) // BLOCK * BLOCK
     made = updates_of(waiting[:full])
-    blocks = []
+    blocks: list[dict[str, Any]] = []
     for start in range(0, full, BLOCK):
         part = made.cut(start, start + BLOCK)
-        about = {
+        about: dict[str, Any] = {
             "run": run,
             "layer": layer,
             "block": (row.packed + start) // BLOCK,
@@ -293,7 +293,8 @@ def of_layer(session: Session, row: StudentLayer) -> Iterator[Updates]:
         )
         found = session.execute(query).all()
         columns: Mapping[str, bytes] = {name: data for name, _, _, data in found}
-        yield student_blocks.unpacked(columns, found[0].count, found[0].first_update)
+        _, count, first_update, _ = found[0]
+        yield student_blocks.unpacked(columns, count, first_update)
     rest = tail(session, row.run, row.layer)
     if rest:
         yield updates_of(rest)

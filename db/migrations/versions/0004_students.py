@@ -6,6 +6,8 @@ for each metric of the version that opens the database.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -32,7 +34,7 @@ def _number(name: str, *, nullable: bool = False, key: bool = False) -> sa.Colum
     return sa.Column(name, sa.BigInteger(), nullable=nullable)
 
 
-def _create(name: str, keys: list[str], *columns: sa.Column[object], rowid: bool = False) -> None:
+def _create(name: str, keys: list[str], *columns: sa.Column[Any], rowid: bool = False) -> None:
     op.create_table(
         name,
         sa.Column("run", KEY, autoincrement=False, nullable=False),

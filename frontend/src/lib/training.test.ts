@@ -1,10 +1,10 @@
 import { describe, expect, it } from 'vitest'
 
-import { revision, studentLayer, trainingWindow } from '../testing/fixtures'
+import { revision } from '../testing/fixtures'
+import { studentLayer, trainingWindow } from '../testing/training'
 import type { Figure } from './figures'
 import { PALETTES } from './palette'
 import {
-  bound,
   extremes,
   grownFrom,
   linePath,
@@ -12,11 +12,11 @@ import {
   mergeWindow,
   middles,
   readyStretches,
-  trainingHeatmap,
   updateRange,
   wholeUpdates,
 } from './training'
 import { newestOfSetting, pauseText, saveText } from './trainingControls'
+import { bound, trainingHeatmap } from './trainingFigures'
 
 describe('a window that grows', () => {
   it('takes the last bucket anew and what comes behind it', () => {
