@@ -162,7 +162,7 @@ def test_nothing_is_wider_than_the_page(page: Page, plugin: Plugin, width: int) 
     plugin.send(script.started(), script.updates(range(1, 60)), script.ended())
     page.set_viewport_size({"width": width, "height": 900})
     open_training(page, plugin.server.url, script.run_id)
-    expect(page.get_by_test_id("tile-double.0")).to_be_attached()
+    expect(page.get_by_test_id("tile-double.0")).to_be_attached(timeout=20_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
