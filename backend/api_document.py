@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from ..version import __version__
 from ..wire import Batch, MailboxMessage
 from .schemas import Change, Image, Instance, Problem, Run, StepDelta
+from .training_schemas import TrainingTotals
 
 EXTRA_MODELS: tuple[Any, ...] = (
     Batch,
@@ -21,6 +22,7 @@ EXTRA_MODELS: tuple[Any, ...] = (
     Run,
     Instance,
     Image,
+    TrainingTotals,
 )
 """Models that no route names as its answer, but streams and error answers carry."""
 

@@ -18,6 +18,7 @@ from . import api_document, pages, problem_handlers, security
 from .api import (
     changes,
     comparison,
+    distillation,
     docs,
     figures,
     health,
@@ -48,6 +49,7 @@ READ_ROUTES = (
     settings.router,
     images.router,
     figures.router,
+    distillation.router,
     comparison.router,
     changes.router,
     docs.router,

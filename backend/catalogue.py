@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any, Literal
 
 from ..attention import settings as variant_settings
-from ..attention.metrics import METRICS
+from ..attention.distillation import STUDENT_EVENT_DESCRIPTIONS, TRAINING_METRICS
+from ..attention.metrics import METRICS, Metric
 from ..attention.reasons import DESCRIPTIONS
 from .figures.schedules import SCHEDULES
 from .schemas import (
@@ -36,19 +37,24 @@ def variant_schemas() -> VariantSchemas:
 @cache
 def metric_infos() -> MetricInfos:
     """All metrics, and prose for the reasons."""
-    metrics = [
-        MetricInfo(
-            name=metric.name,
-            title=metric.title,
-            help=metric.help,
-            unit=metric.unit,
-            direction=metric.direction.value,
-            log=metric.log,
-            names={str(value): name for value, name in metric.names.items()},
-        )
-        for metric in METRICS
-    ]
-    return MetricInfos(metrics=metrics, reasons=dict(DESCRIPTIONS))
+    return MetricInfos(
+        metrics=[_metric(metric) for metric in METRICS],
+        reasons=dict(DESCRIPTIONS),
+        training=[_metric(metric) for metric in TRAINING_METRICS],
+        student_events=dict(STUDENT_EVENT_DESCRIPTIONS),
+    )
+
+
+def _metric(metric: Metric) -> MetricInfo:
+    return MetricInfo(
+        name=metric.name,
+        title=metric.title,
+        help=metric.help,
+        unit=metric.unit,
+        direction=metric.direction.value,
+        log=metric.log,
+        names={str(value): name for value, name in metric.names.items()},
+    )
 
 
 @cache
@@ -69,6 +75,8 @@ def allowed(field: SettingField) -> str:
         return "one of " + ", ".join(field.choices)
     if field.type == "boolean":
         return "true or false"
+    if field.max_length is not None:
+        return f"text of at most {field.max_length} characters"
     kind = {"integer": "a whole number", "number": "a number"}.get(field.type, "text")
     low = ""
     if field.minimum is not None:
@@ -112,5 +120,6 @@ def _field(name: str, schema: dict[str, Any]) -> SettingField:
         maximum=schema.get("maximum"),
         exclusive_minimum=schema.get("exclusiveMinimum"),
         step=schema.get("step"),
+        max_length=schema.get("maxLength"),
         choices=choices,
     )

@@ -15,8 +15,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..attention.metrics import METRIC_NAMES
-from ..db import images, instances, migrate, models, numbers, revisions, runs, steps
+from ..db import images, instances, migrate, models, numbers, revisions, runs, steps, students
 from ..db.session import Store
+from ..db.student_models import StudentBatch, StudentEventRow
 from ..version import __version__
 from ..wire import (
     ImageTaken,
@@ -31,7 +32,7 @@ from ..wire import (
     SamplingInfo,
     StepClosed,
 )
-from . import archive, serial
+from . import archive, exporting_students, serial
 from .clock import now
 from .config import Config
 from .image_files import ImageFiles
@@ -158,11 +159,18 @@ def _run_lines(session: Session, run: models.Run, files: ImageFiles | None) -> I
     pending.extend((row.seq, row) for row in image_rows)
     if run.ended_seq is not None:
         pending.append((run.ended_seq, run))
+    pending.extend((row.seq, row) for row in students.batches(session, run.id))
+    pending.extend((row.seq, row) for row in students.events(session, run.id))
+    training = exporting_students.Batches(session, run, names)
     for _, item in sorted(pending, key=lambda pair: pair[0]):
         if isinstance(item, models.Step):
             yield archive.EventLine(event=_step(session, run, item, names))
         elif isinstance(item, models.Run):
             yield archive.EventLine(event=_ended(run))
+        elif isinstance(item, StudentBatch):
+            yield archive.EventLine(event=training.event(item))
+        elif isinstance(item, StudentEventRow):
+            yield archive.EventLine(event=exporting_students.happened(run, item, names))
         else:
             assert files is not None
             yield archive.EventLine(event=_image(run, item, files))

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from ..db import changes, images, instances, models, revisions, runs, steps
-from . import serial
+from . import distillation, serial
 from .problems import ProblemError
 from .schemas import Change, Changes
 from .services import Services
@@ -244,6 +244,8 @@ class _Lookup:
         if row.kind == "revision":
             revision = revisions.find(self.session, int(row.reference))
             return serial.revision(revision, row.run_id) if revision else None
+        if row.kind == "training":
+            return distillation.totals(self.session, run)
         image = images.find(self.session, int(row.reference))
         return {**serial.image(image).model_dump(), "run_id": row.run_id} if image else None
 

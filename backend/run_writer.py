@@ -23,10 +23,13 @@ from ..wire import (
     RunStatus,
     SettingsTuned,
     StepClosed,
+    StudentHappened,
+    StudentsUpdated,
 )
 from . import aggregates, steering, validation
 from .clock import now
 from .services import Services
+from .training_writer import TrainingWriter
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class RunWriter:
         self.nmse_worst: float | None = None
         self.attn_ms: float | None = None
         self.tuned: Sequence[models.Revision] | None = None
+        self.training: TrainingWriter | None = None
 
     def write(self, instance_id: str, events: Sequence[AnyEvent]) -> int:
         """Store what is new among the events.
@@ -164,6 +168,10 @@ class RunWriter:
             self._take_report(run, event)
         elif isinstance(event, SettingsTuned):
             self._take_tuned(run, event)
+        elif isinstance(event, StudentsUpdated):
+            self._students(run).take_updates(event)
+        elif isinstance(event, StudentHappened):
+            self._students(run).take_event(event)
         elif isinstance(event, RunEnded):
             self._take_end(run, event)
         elif isinstance(event, EventsLost):
@@ -344,6 +352,12 @@ class RunWriter:
             self.tx.changed("revision", run.run_id, revision.id)
         self.status_changed = True
 
+    def _students(self, run: models.Run) -> TrainingWriter:
+        if self.training is None:
+            self.training = TrainingWriter(self.session, run.id, self._layer)
+            self.tx.changed("training", run.run_id, run.run_id)
+        return self.training
+
     def _layer(self, name: str) -> int:
         return self.layers.setdefault(name, len(self.layers))
 
@@ -371,6 +385,8 @@ class RunWriter:
         steps.insert_rows(self.session, "steps", self.step_rows)
         steps.insert_rows(self.session, "layer_steps", self.layer_rows)
         steps.insert_rows(self.session, "reasons", self.reason_rows)
+        if self.training is not None:
+            self.training.store()
 
 
 def _nan_marks(metrics: dict[str, list[float | None]], count: int) -> list[str | None]:

@@ -74,6 +74,7 @@ class SettingField(Message):
     maximum: float | None = None
     exclusive_minimum: float | None = None
     step: float | None = None
+    max_length: int | None = Field(None, description="characters of a text")
     choices: list[str] | None = None
 
 
@@ -122,6 +123,8 @@ class MetricInfo(Message):
 class MetricInfos(Message):
     metrics: list[MetricInfo]
     reasons: dict[str, str] = Field(description="prose for each gate and fallback name")
+    training: list[MetricInfo] = Field(description="metrics of a student's update")
+    student_events: dict[str, str] = Field(description="prose for each kind of student event")
 
 
 class Instance(InstanceInfo):
@@ -462,10 +465,11 @@ class Comparison(Message):
 
 class Change(Message):
     """One item of the change feed. ``data`` is by kind: instance: Instance, run: Run,
-    step: StepDelta, revision: Revision, image: Image with run_id, run_deleted: {run_id}."""
+    step: StepDelta, revision: Revision, image: Image with run_id, training: TrainingTotals,
+    run_deleted: {run_id}."""
 
     seq: int
-    kind: Literal["instance", "run", "step", "revision", "image", "run_deleted"]
+    kind: Literal["instance", "run", "step", "revision", "image", "training", "run_deleted"]
     run_id: str | None
     data: dict[str, Any]
 

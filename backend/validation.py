@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from ..attention.distillation import TRAINING_METRIC_NAMES
 from ..attention.metrics import METRIC_NAMES
 from ..attention.settings import SETTINGS, VariantSettings, settings_model
-from ..wire import AnyEvent, Batch, ImageTaken, RunStarted, StepClosed
+from ..wire import AnyEvent, Batch, ImageTaken, RunStarted, StepClosed, StudentsUpdated
 from . import catalogue
 from .config import Config
 from .problems import FieldErrors, shorten
 from .schemas import FieldProblem
 
-EVENT_KINDS = frozenset({"run_started", "step", "image", "revision", "run_ended", "events_lost"})
+EVENT_KINDS = frozenset(
+    {
+        "run_started",
+        "step",
+        "image",
+        "revision",
+        "tuned",
+        "students_updated",
+        "student_event",
+        "run_ended",
+        "events_lost",
+    }
+)
 MOST_ERRORS = 20
 
 
@@ -154,18 +167,18 @@ def check_event(event: AnyEvent, place: str, config: Config) -> None:
         known_variant(event.variant, f"{place}.variant")
         settings(event.variant, event.settings, f"{place}.settings.")
     elif isinstance(event, StepClosed):
-        for name in event.layers.metrics:
-            if name not in METRIC_NAMES:
-                allowed = "a metric of this server: " + ", ".join(METRIC_NAMES)
-                raise FieldErrors(
-                    [
-                        FieldProblem(
-                            field=f"{place}.layers.metrics.{name}", value=name, allowed=allowed
-                        )
-                    ]
-                )
+        _known_metrics(event.layers.metrics, METRIC_NAMES, f"{place}.layers.metrics")
+    elif isinstance(event, StudentsUpdated):
+        _known_metrics(event.updates.metrics, TRAINING_METRIC_NAMES, f"{place}.updates.metrics")
     elif isinstance(event, ImageTaken):
         _check_image(event, place, config)
+
+
+def _known_metrics(given: Iterable[str], known: Sequence[str], place: str) -> None:
+    for name in given:
+        if name not in known:
+            allowed = "a metric of this server: " + ", ".join(known)
+            raise FieldErrors([FieldProblem(field=f"{place}.{name}", value=name, allowed=allowed)])
 
 
 def _check_image(event: ImageTaken, place: str, config: Config) -> None:

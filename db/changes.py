@@ -10,11 +10,11 @@ from sqlalchemy.orm import Session
 
 from . import models
 
-Kind = Literal["instance", "run", "step", "revision", "image", "run_deleted"]
+Kind = Literal["instance", "run", "step", "revision", "image", "training", "run_deleted"]
 
 CHANGE_COUNTER = "change"
 MESSAGE_COUNTER = "message"
-SUPERSEDING: frozenset[str] = frozenset({"instance", "run", "revision"})
+SUPERSEDING: frozenset[str] = frozenset({"instance", "run", "revision", "training"})
 """Kinds whose newer item makes the older one about the same thing needless."""
 
 

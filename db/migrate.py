@@ -8,17 +8,24 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Double, inspect, text
+from sqlalchemy import Connection, Double, Table, inspect, text
 from sqlalchemy.schema import CreateColumn
 
+from ..attention.distillation import TRAINING_METRIC_NAMES
 from ..attention.metrics import METRIC_NAMES
 from ..version import __version__
-from . import models
+from . import models, student_models
 from .session import Store
 
 FOLDER = Path(__file__).resolve().parent / "migrations"
 
 READABLE_VIEW = "layer_steps_readable"
+
+METRIC_TABLES = (
+    (models.layer_steps, METRIC_NAMES),
+    (student_models.student_updates, TRAINING_METRIC_NAMES),
+)
+"""Tables that have a column for each metric."""
 
 
 class NewerDatabase(Exception):
@@ -95,10 +102,13 @@ def _refuse_newer(store: Store, revision: str | None) -> None:
         )
 
 
-def missing_metrics(connection: Connection) -> list[str]:
-    """Metrics of this version that the database has no column for yet."""
-    present = {column["name"] for column in inspect(connection).get_columns("layer_steps")}
-    return [name for name in METRIC_NAMES if name not in present]
+def missing_metrics(connection: Connection) -> list[tuple[Table, str]]:
+    """Metrics of this version that the database has no column for yet, with their tables."""
+    missing: list[tuple[Table, str]] = []
+    for table, names in METRIC_TABLES:
+        present = {column["name"] for column in inspect(connection).get_columns(table.name)}
+        missing.extend((table, name) for name in names if name not in present)
+    return missing
 
 
 def add_metric_columns(connection: Connection) -> list[str]:
@@ -108,13 +118,13 @@ def add_metric_columns(connection: Connection) -> list[str]:
         Names of the columns that were added.
     """
     missing = missing_metrics(connection)
-    for name in missing:
-        column = models.layer_steps.c[name]
+    for table, name in missing:
+        column = table.c[name]
         assert isinstance(column.type, Double)
         definition = CreateColumn(column).compile(dialect=connection.dialect)
-        connection.execute(text(f"ALTER TABLE layer_steps ADD COLUMN {definition}"))
+        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {definition}"))
     _make_view(connection)
-    return missing
+    return [name for _, name in missing]
 
 
 def _make_view(connection: Connection) -> None:

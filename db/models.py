@@ -127,7 +127,8 @@ class Run(Base):
     nan_fields: Mapped[str | None] = mapped_column(Text)
 
 
-def _run_key() -> Column[int]:
+def run_key() -> Column[int]:
+    """The column of a table's run, the first of its primary key."""
     return Column("run", Key, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
 
 
@@ -195,7 +196,7 @@ LAYER_STEP_FIELDS: tuple[str, ...] = (
 layer_steps = Table(
     "layer_steps",
     Base.metadata,
-    _run_key(),
+    run_key(),
     Column("step", BigInteger, primary_key=True, autoincrement=False),
     Column("layer", Integer, primary_key=True, autoincrement=False),
     Column("path", Text, nullable=False),

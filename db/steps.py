@@ -9,7 +9,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from ..attention.metrics import METRIC_NAMES
-from . import models
+from . import models, student_models
 
 LAYER_STEP_COLUMNS: tuple[str, ...] = (*models.LAYER_STEP_FIELDS, *METRIC_NAMES)
 STEP_COLUMNS: tuple[str, ...] = tuple(column.name for column in models.Step.__table__.columns)
@@ -19,6 +19,7 @@ _TABLES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "steps": (models.Step.__table__, STEP_COLUMNS),
     "layer_steps": (models.layer_steps, LAYER_STEP_COLUMNS),
     "reasons": (models.Reason.__table__, REASON_COLUMNS),
+    "student_updates": (student_models.student_updates, student_models.STUDENT_UPDATE_COLUMNS),
 }
 _compiled: dict[tuple[str, str], str | None] = {}
 
@@ -33,7 +34,7 @@ def insert_rows(session: Session, table: str, rows: Sequence[tuple[Any, ...]]) -
     """Write many rows at once.
 
     Args:
-        table: ``steps``, ``layer_steps`` or ``reasons``.
+        table: ``steps``, ``layer_steps``, ``reasons`` or ``student_updates``.
         rows: tuples in the order of the table's ``*_COLUMNS``.
     """
     if not rows:

@@ -9,8 +9,10 @@ import struct
 import time
 import uuid
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
+from attnscope.attention.distillation import TRAINING_METRIC_NAMES
 from attnscope.attention.metrics import METRIC_NAMES
 from attnscope.attention.settings import settings_model
 from attnscope.wire import (
@@ -27,6 +29,9 @@ from attnscope.wire import (
     SamplingInfo,
     SettingsTuned,
     StepClosed,
+    StudentHappened,
+    StudentsUpdated,
+    UpdateColumns,
 )
 
 NAN = math.nan
@@ -194,6 +199,43 @@ class RunScript:
             **self._next(), revision_id=revision_id, state=state, step=step, reason=reason
         )
 
+    def updates(
+        self,
+        numbers: Sequence[int],
+        *,
+        layers: Sequence[str] | None = None,
+        step: int = 0,
+        limit: int | None = 1_000_000,
+        **metrics: Any,
+    ) -> StudentsUpdated:
+        """Updates of these numbers of each layer; metrics given replace the made-up ones."""
+        chosen = list(layers or self.layers)
+        cells = [(number, layer) for number in numbers for layer in chosen]
+        head = self._next()
+        made = {
+            name: [training_value(name, number, chosen.index(layer)) for number, layer in cells]
+            for name in TRAINING_METRIC_NAMES
+        }
+        return StudentsUpdated(
+            **head,
+            updates=UpdateColumns(
+                layer=[layer for _, layer in cells],
+                update=[number for number, _ in cells],
+                step=[step] * len(cells),
+                at=[head["at"]] * len(cells),
+                metrics={**made, **metrics},
+            ),
+            replay_limit_bytes=limit,
+        )
+
+    def happened(
+        self, event: str, layer: str | None = None, update: int | None = None, **fields: Any
+    ) -> StudentHappened:
+        """Something else that happened to students."""
+        return StudentHappened(
+            **self._next(), event=event, layer=layer, update=update, **{"step": 0, **fields}
+        )
+
     def lost(self, count: int) -> EventsLost:
         """Events that the plugin dropped."""
         return EventsLost(**self._next(), count=count, reason="spool full")
@@ -221,6 +263,29 @@ def _value(name: str, step: int, layer: int) -> float:
     if name == "denom_min":
         return 0.5 + 0.01 * layer
     return float(step) + 0.125 * layer
+
+
+READY_BELOW = 0.02
+
+
+def training_value(name: str, update: int, layer: int) -> float | None:
+    """A metric of an update as training goes: errors fall, held-out ones come every tenth."""
+    error = 0.5 * (1.0 + 0.1 * (layer % 5)) / (1.0 + 0.05 * update) + 0.002
+    noise = 1.0 + 0.2 * math.sin(12.9898 * update + 78.233 * layer)
+    heldout = update % 10 == 0
+    values = {
+        "loss": error * noise,
+        "loss_ema": error,
+        "nmse": error * noise if heldout else None,
+        "nmse_ema": error if heldout else None,
+        "cosine": 1.0 - error / 2 if heldout else None,
+        "gradient_norm": 10.0 * error * noise,
+        "ready": float(error <= READY_BELOW),
+        "seconds": 0.01,
+        "held_bytes": 1000.0 * min(update, 100),
+        "replay_bytes": 1000.0 * min(update, 100) * 6,
+    }
+    return values.get(name)
 
 
 def batch(of: InstanceInfo, *events: Any) -> Batch:

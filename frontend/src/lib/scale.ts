@@ -60,7 +60,11 @@ function linear([min, max]: [number, number]): ColorRange {
 
 /** The range of a colour scale, rounded outwards so that it seldom changes. */
 export function colorRange(rows: readonly Series[], length: number, log: boolean): ColorRange {
-  const found = extent(rows, length, log)
+  return rangeOf(extent(rows, length, log), log)
+}
+
+/** The same of extremes that are known. */
+export function rangeOf(found: [number, number] | null, log: boolean): ColorRange {
   if (!found) return log ? decades([0.001, 1]) : linear([0, 1])
   return log ? decades(found) : linear(found)
 }

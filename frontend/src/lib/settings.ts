@@ -11,7 +11,9 @@ const WHOLE = /^[+-]?\d+$/
 export function allowedRange(field: SettingField): string {
   if (field.choices?.length) return field.choices.join(', ')
   if (field.type === 'boolean') return 'on or off'
-  if (field.type === 'string') return 'text'
+  if (field.type === 'string') {
+    return field.max_length ? `text of at most ${field.max_length} characters` : 'text'
+  }
   const kind = field.type === 'integer' ? 'a whole number' : 'a number'
   const { minimum, maximum, exclusive_minimum: above } = field
   const least = typeof above === 'number' ? `above ${above}` : null
@@ -30,7 +32,9 @@ export function parseField(field: SettingField, raw: string | boolean): Parsed {
   if (field.type === 'boolean') return { ok: true, value: raw === true }
   if (typeof raw === 'boolean') return refused
   if (field.type === 'string') {
-    const fits = !field.choices?.length || field.choices.includes(raw)
+    const listed = !field.choices?.length || field.choices.includes(raw)
+    // counted like the server does, by characters and not by UTF-16's halves of them
+    const fits = listed && [...raw].length <= (field.max_length ?? Infinity)
     return fits ? { ok: true, value: raw } : refused
   }
   const text = raw.trim().replace(',', '.').replace('−', '-')

@@ -22,6 +22,9 @@ describe('the view of a run', () => {
       baseline: '0123456789abcdef0123456789abcdef',
       compare: 'error',
       pair: 3,
+      tab: 'attention',
+      trained: 'loss',
+      updates: [10.5, 99],
     }
     expect(readRunView(writeRunView(view))).toEqual(view)
   })

@@ -19,7 +19,14 @@ export interface RunView {
   compare: CompareMode
   /** Which of a batch's finished images is compared. */
   pair: number
+  /** What stands in the middle of a run that trains students. */
+  tab: RunTab
+  /** Metric of the students' updates, and range of their numbers; null follows the training. */
+  trained: string
+  updates: Range | null
 }
+
+export type RunTab = 'distillation' | 'attention'
 
 /** How two images stand beside each other. */
 export type CompareMode = 'wipe' | 'side' | 'error'
@@ -37,6 +44,9 @@ export const DEFAULT_RUN_VIEW: RunView = {
   baseline: null,
   compare: 'wipe',
   pair: 0,
+  tab: 'distillation',
+  trained: 'nmse_ema',
+  updates: null,
 }
 
 export interface RunsView {
@@ -78,6 +88,7 @@ function short(value: number): string {
 export function readRunView(query: Query): RunView {
   const metric = one(query, 'metric')
   const baseline = one(query, 'baseline')
+  const trained = one(query, 'trained')
   return {
     metric: metric && /^\w{1,64}$/.test(metric) ? metric : DEFAULT_RUN_VIEW.metric,
     layer: one(query, 'layer'),
@@ -89,6 +100,9 @@ export function readRunView(query: Query): RunView {
     baseline: baseline && /^[0-9a-f]{32}$/.test(baseline) ? baseline : null,
     compare: COMPARE_MODES.find((mode) => mode === one(query, 'compare')) ?? 'wipe',
     pair: wholeNumber(one(query, 'pair')) ?? 0,
+    tab: one(query, 'tab') === 'attention' ? 'attention' : 'distillation',
+    trained: trained && /^\w{1,64}$/.test(trained) ? trained : DEFAULT_RUN_VIEW.trained,
+    updates: range(one(query, 'updates')),
   }
 }
 
@@ -105,6 +119,9 @@ export function writeRunView(view: RunView): Record<string, string> {
   if (view.baseline !== null) query.baseline = view.baseline
   if (view.compare !== 'wipe') query.compare = view.compare
   if (view.pair !== 0) query.pair = String(view.pair)
+  if (view.tab !== DEFAULT_RUN_VIEW.tab) query.tab = view.tab
+  if (view.trained !== DEFAULT_RUN_VIEW.trained) query.trained = view.trained
+  if (view.updates) query.updates = view.updates.map(short).join('~')
   return query
 }
 

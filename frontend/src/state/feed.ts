@@ -7,7 +7,7 @@ import { loadSession } from './session'
 export type Connection = 'connecting' | 'open' | 'down' | 'paused'
 export type Listener = (change: Change) => void
 
-const KINDS = ['instance', 'run', 'step', 'revision', 'image', 'run_deleted'] as const
+const KINDS = ['instance', 'run', 'step', 'revision', 'image', 'training', 'run_deleted'] as const
 /** A page that slept longer than this asks for the present state rather than for all it missed. */
 const LONGEST_REPLAY = 2000
 const FIRST_RETRY_MS = 500

@@ -25,6 +25,9 @@ export function useSchema() {
       variants.value?.variants.find((item) => item.name === name),
     metric: (name: string): MetricInfo | undefined =>
       metrics.value?.metrics.find((item) => item.name === name),
+    training: (name: string): MetricInfo | undefined =>
+      metrics.value?.training.find((item) => item.name === name),
+    studentEvent: (name: string): string => metrics.value?.student_events[name] ?? name,
     reason: (name: string): string => metrics.value?.reasons[name] ?? name,
   }
 }

@@ -440,6 +440,86 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/v1/runs/{run_id}/distillation": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * One Training
+         * @description A run's training: totals, and each layer's newest numbers and readiness.
+         */
+        get: operations["one_training_api_v1_runs__run_id__distillation_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/runs/{run_id}/distillation/events": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * List Events
+         * @description What happened to students besides updates, oldest first.
+         */
+        get: operations["list_events_api_v1_runs__run_id__distillation_events_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/runs/{run_id}/distillation/series": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * One Window
+         * @description A metric of the updates between two numbers, in buckets that lose no spike.
+         */
+        get: operations["one_window_api_v1_runs__run_id__distillation_series_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/v1/runs/{run_id}/distillation/figures/{name}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * One Figure
+         * @description A figure as plotly's JSON; `meta.bind` of each trace names what it draws of a window.
+         */
+        get: operations["one_figure_api_v1_runs__run_id__distillation_figures__name__get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/v1/runs/{run_id}/baseline": {
         parameters: {
             query?: never;
@@ -612,12 +692,13 @@ export interface components {
             protocol: 1;
             instance: components["schemas"]["InstanceInfo"];
             /** Events */
-            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["SettingsTuned"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
+            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["SettingsTuned"] | components["schemas"]["StudentsUpdated"] | components["schemas"]["StudentHappened"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
         };
         /**
          * Change
          * @description One item of the change feed. ``data`` is by kind: instance: Instance, run: Run,
-         *     step: StepDelta, revision: Revision, image: Image with run_id, run_deleted: {run_id}.
+         *     step: StepDelta, revision: Revision, image: Image with run_id, training: TrainingTotals,
+         *     run_deleted: {run_id}.
          */
         Change: {
             /** Seq */
@@ -626,7 +707,7 @@ export interface components {
              * Kind
              * @enum {string}
              */
-            kind: "instance" | "run" | "step" | "revision" | "image" | "run_deleted";
+            kind: "instance" | "run" | "step" | "revision" | "image" | "training" | "run_deleted";
             /** Run Id */
             run_id: string | null;
             /** Data */
@@ -761,6 +842,28 @@ export interface components {
             run: string;
             /** Baseline */
             baseline: string;
+        };
+        /**
+         * Distillation
+         * @description A run's training of students.
+         */
+        Distillation: {
+            /**
+             * Seq
+             * @description change feed position that the answer includes
+             */
+            seq: number;
+            totals: components["schemas"]["TrainingTotals"];
+            /**
+             * Layers
+             * @description in the model's order
+             */
+            layers: components["schemas"]["StudentLayerState"][];
+            /**
+             * Marks
+             * @description revisions that were applied, oldest first
+             */
+            marks: components["schemas"]["RevisionMark"][];
         };
         /**
          * ErrorMap
@@ -1297,6 +1400,18 @@ export interface components {
             reasons: {
                 [key: string]: string;
             };
+            /**
+             * Training
+             * @description metrics of a student's update
+             */
+            training: components["schemas"]["MetricInfo"][];
+            /**
+             * Student Events
+             * @description prose for each kind of student event
+             */
+            student_events: {
+                [key: string]: string;
+            };
         };
         /**
          * ModelInfo
@@ -1359,6 +1474,24 @@ export interface components {
              * @description run over baseline: below 1 is faster
              */
             ratio: number | ("NaN" | "Infinity" | "-Infinity") | null;
+        };
+        /**
+         * ReadyInterval
+         * @description A time in which a layer was ready; open ends are null.
+         */
+        ReadyInterval: {
+            /** From Update */
+            from_update: number;
+            /** From Step */
+            from_step: number | null;
+            /** From At */
+            from_at: number;
+            /** To Update */
+            to_update: number | null;
+            /** To Step */
+            to_step: number | null;
+            /** To At */
+            to_at: number | null;
         };
         /**
          * ReasonCount
@@ -1471,6 +1604,27 @@ export interface components {
              * @default false
              */
             tuned: boolean;
+        };
+        /**
+         * RevisionMark
+         * @description Where a revision of the settings stands on an axis of updates.
+         */
+        RevisionMark: {
+            /**
+             * Revision
+             * @description its number
+             */
+            revision: number;
+            /**
+             * Step
+             * @description the first that ran with it
+             */
+            step: number;
+            /**
+             * Update
+             * @description the first one then of the layer that has had most
+             */
+            update: number;
         };
         /**
          * RevisionPushed
@@ -1897,6 +2051,11 @@ export interface components {
             exclusive_minimum?: number | null;
             /** Step */
             step?: number | null;
+            /**
+             * Max Length
+             * @description characters of a text
+             */
+            max_length?: number | null;
             /** Choices */
             choices?: string[] | null;
         };
@@ -2079,6 +2238,331 @@ export interface components {
             items: components["schemas"]["Step"][];
         };
         /**
+         * StudentEvent
+         * @description What can happen to a layer's student besides an update.
+         * @enum {string}
+         */
+        StudentEvent: "ready" | "not_ready" | "complete" | "out_of_memory" | "training_off" | "teacher_not_finite" | "update_failed" | "checkpoint_loaded" | "checkpoint_saved" | "checkpoint_failed" | "recovered";
+        /**
+         * StudentEventItem
+         * @description Something that happened to students besides updates.
+         */
+        StudentEventItem: {
+            /** Seq */
+            seq: number;
+            /** At */
+            at: number;
+            /** Event */
+            event: string;
+            /**
+             * Layer
+             * @description null where it concerns all
+             */
+            layer: string | null;
+            /** Update */
+            update: number | null;
+            /** Step */
+            step: number | null;
+            /** Detail */
+            detail: string;
+        };
+        /** StudentEvents */
+        StudentEvents: {
+            /** Items */
+            items: components["schemas"]["StudentEventItem"][];
+            /** More */
+            more: boolean;
+        };
+        /**
+         * StudentHappened
+         * @description Something else that happened to students: readiness, want of memory, a checkpoint.
+         */
+        StudentHappened: {
+            /**
+             * Run Id
+             * @description UUID, 32 hex digits
+             */
+            run_id: string;
+            /** Seq */
+            seq: number;
+            /**
+             * At
+             * @description seconds since 1970, UTC
+             */
+            at: number;
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "student_event";
+            event: components["schemas"]["StudentEvent"];
+            /**
+             * Layer
+             * @description null where it concerns all
+             * @default null
+             */
+            layer: string | null;
+            /**
+             * Update
+             * @description updates that the layer has had
+             * @default null
+             */
+            update: number | null;
+            /**
+             * Step
+             * @default null
+             */
+            step: number | null;
+            /**
+             * Detail
+             * @description for people: path, error, sizes
+             * @default
+             */
+            detail: string;
+        };
+        /**
+         * StudentLayerState
+         * @description A layer's student.
+         */
+        StudentLayerState: {
+            /** Layer */
+            layer: string;
+            /**
+             * Updates
+             * @description in this run
+             */
+            updates: number;
+            /**
+             * First Update
+             * @description numbers go on over runs
+             */
+            first_update: number | null;
+            /** Last Update */
+            last_update: number | null;
+            /** Last At */
+            last_at: number | null;
+            /** Nonfinite */
+            nonfinite: number;
+            /** Ready */
+            ready: boolean;
+            /**
+             * Intervals
+             * @description when it was ready, oldest first
+             */
+            intervals: components["schemas"]["ReadyInterval"][];
+            /**
+             * Latest
+             * @description newest measured value of each metric
+             */
+            latest: {
+                [key: string]: number | ("NaN" | "Infinity" | "-Infinity") | null;
+            };
+        };
+        /**
+         * StudentsUpdated
+         * @description Updates of students since the last such event.
+         */
+        StudentsUpdated: {
+            /**
+             * Run Id
+             * @description UUID, 32 hex digits
+             */
+            run_id: string;
+            /** Seq */
+            seq: number;
+            /**
+             * At
+             * @description seconds since 1970, UTC
+             */
+            at: number;
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "students_updated";
+            updates: components["schemas"]["UpdateColumns"];
+            /**
+             * Replay Limit Bytes
+             * @default null
+             */
+            replay_limit_bytes: number | null;
+        };
+        /**
+         * TrainingBands
+         * @description A metric over the layers, one item per bucket; null where no layer has a value.
+         */
+        TrainingBands: {
+            /**
+             * P10
+             * @description quantile over layers of their means
+             */
+            p10: (number | null)[];
+            /** P50 */
+            p50: (number | null)[];
+            /** P90 */
+            p90: (number | null)[];
+            /**
+             * Low
+             * @description smallest value of any layer
+             */
+            low: (number | null)[];
+            /**
+             * High
+             * @description largest
+             */
+            high: (number | null)[];
+            /**
+             * Layers
+             * @description layers that have a value
+             */
+            layers: number[];
+        };
+        /**
+         * TrainingLines
+         * @description Of each layer's bucket the smallest, largest, first and last finite value.
+         */
+        TrainingLines: {
+            /** Low */
+            low: (number | null)[][];
+            /** High */
+            high: (number | null)[][];
+            /** First */
+            first: (number | null)[][];
+            /** Last */
+            last: (number | null)[][];
+        };
+        /**
+         * TrainingTotals
+         * @description What a run's training of students comes to so far.
+         */
+        TrainingTotals: {
+            /** Run Id */
+            run_id: string;
+            /** Updates */
+            updates: number;
+            /**
+             * Updates Per Second
+             * @description of the newest minute at most
+             */
+            updates_per_second: number | null;
+            /** First At */
+            first_at: number | null;
+            /** Last At */
+            last_at: number | null;
+            /**
+             * Ready
+             * @description layers that are ready now
+             */
+            ready: number;
+            /**
+             * Nonfinite
+             * @description measured values that were NaN or infinite
+             */
+            nonfinite: number;
+            /** Replay Bytes */
+            replay_bytes: number | null;
+            /** Replay Limit Bytes */
+            replay_limit_bytes: number | null;
+            /**
+             * Events
+             * @description how often each kind of event happened
+             */
+            events: {
+                [key: string]: number;
+            };
+        };
+        /**
+         * TrainingWindow
+         * @description A metric's series between two update numbers, in buckets. Matrices have one row per item of
+         *     ``layers`` and one column per item of ``start``; null: no finite value.
+         */
+        TrainingWindow: {
+            /** Run Id */
+            run_id: string;
+            /**
+             * Seq
+             * @description change feed position that the answer includes
+             */
+            seq: number;
+            /** Metric */
+            metric: string;
+            /**
+             * First Update
+             * @description least update number of these layers in the run
+             */
+            first_update: number;
+            /**
+             * Last Update
+             * @description greatest one
+             */
+            last_update: number;
+            /**
+             * Updates
+             * @description of these layers in the run
+             */
+            updates: number;
+            /** Layers */
+            layers: string[];
+            /**
+             * Width
+             * @description update numbers of a bucket
+             */
+            width: number;
+            /**
+             * Start
+             * @description first update number of each bucket
+             */
+            start: number[];
+            /**
+             * Counts
+             * @description measured values that each bucket stands for
+             */
+            counts: number[];
+            /**
+             * Nonfinite
+             * @description row, column and count of values that were NaN or infinite
+             */
+            nonfinite: [
+                number,
+                number,
+                number
+            ][];
+            /**
+             * Heatmap
+             * @description of each bucket the value that wants attention: the largest where less is better, the smallest where more is
+             */
+            heatmap: (number | null)[][] | null;
+            bands: components["schemas"]["TrainingBands"] | null;
+            lines: components["schemas"]["TrainingLines"] | null;
+        };
+        /**
+         * UpdateColumns
+         * @description Updates of students, one list item per update, in the order in which they were made.
+         */
+        UpdateColumns: {
+            /** Layer */
+            layer: string[];
+            /**
+             * Update
+             * @description number of the layer's update, from 1, over all runs
+             */
+            update: number[];
+            /**
+             * Step
+             * @description of the run's schedule in which it was made
+             */
+            step: number[];
+            /** At */
+            at: number[];
+            /**
+             * Metrics
+             * @description by name, see attention/distillation.py; null: not measured at this update
+             */
+            metrics: {
+                [key: string]: (number | null)[];
+            };
+        };
+        /**
          * VariantSchema
          * @description A variant and its settings.
          */
@@ -2127,6 +2611,7 @@ export type Columns = components['schemas']['Columns'];
 export type ComparedRun = components['schemas']['ComparedRun'];
 export type Comparison = components['schemas']['Comparison'];
 export type ConditionDifference = components['schemas']['ConditionDifference'];
+export type Distillation = components['schemas']['Distillation'];
 export type ErrorMap = components['schemas']['ErrorMap'];
 export type EventsLost = components['schemas']['EventsLost'];
 export type FieldProblem = components['schemas']['FieldProblem'];
@@ -2153,10 +2638,12 @@ export type MetricInfos = components['schemas']['MetricInfos'];
 export type ModelInfo = components['schemas']['ModelInfo'];
 export type Problem = components['schemas']['Problem'];
 export type Ratio = components['schemas']['Ratio'];
+export type ReadyInterval = components['schemas']['ReadyInterval'];
 export type ReasonCount = components['schemas']['ReasonCount'];
 export type ReasonRow = components['schemas']['ReasonRow'];
 export type Reasons = components['schemas']['Reasons'];
 export type Revision = components['schemas']['Revision'];
+export type RevisionMark = components['schemas']['RevisionMark'];
 export type RevisionPushed = components['schemas']['RevisionPushed'];
 export type RevisionReported = components['schemas']['RevisionReported'];
 export type RevisionRequest = components['schemas']['RevisionRequest'];
@@ -2181,6 +2668,17 @@ export type Step = components['schemas']['Step'];
 export type StepClosed = components['schemas']['StepClosed'];
 export type StepDelta = components['schemas']['StepDelta'];
 export type Steps = components['schemas']['Steps'];
+export type StudentEvent = components['schemas']['StudentEvent'];
+export type StudentEventItem = components['schemas']['StudentEventItem'];
+export type StudentEvents = components['schemas']['StudentEvents'];
+export type StudentHappened = components['schemas']['StudentHappened'];
+export type StudentLayerState = components['schemas']['StudentLayerState'];
+export type StudentsUpdated = components['schemas']['StudentsUpdated'];
+export type TrainingBands = components['schemas']['TrainingBands'];
+export type TrainingLines = components['schemas']['TrainingLines'];
+export type TrainingTotals = components['schemas']['TrainingTotals'];
+export type TrainingWindow = components['schemas']['TrainingWindow'];
+export type UpdateColumns = components['schemas']['UpdateColumns'];
 export type VariantSchema = components['schemas']['VariantSchema'];
 export type VariantSchemas = components['schemas']['VariantSchemas'];
 export type $defs = Record<string, never>;
@@ -2992,6 +3490,165 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ScheduleFigures"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    one_training_api_v1_runs__run_id__distillation_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Distillation"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    list_events_api_v1_runs__run_id__distillation_events_get: {
+        parameters: {
+            query?: {
+                /** @description newest seq that you have */
+                after?: number;
+                limit?: number;
+            };
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["StudentEvents"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    one_window_api_v1_runs__run_id__distillation_series_get: {
+        parameters: {
+            query?: {
+                /** @description all if left out */
+                part?: ("heatmap" | "bands" | "lines")[] | null;
+                metric?: string;
+                /** @description all trained ones if left out */
+                layer?: string[] | null;
+                from_update?: number | null;
+                to_update?: number | null;
+                /** @description most buckets */
+                points?: number;
+                /** @description of a bucket: a power of two; goes before points */
+                width?: number | null;
+            };
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["TrainingWindow"];
+                };
+            };
+            /** @description problem details (RFC 9457) */
+            default: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/problem+json": components["schemas"]["Problem"];
+                };
+            };
+        };
+    };
+    one_figure_api_v1_runs__run_id__distillation_figures__name__get: {
+        parameters: {
+            query?: {
+                /** @description 0 leaves the numbers out */
+                data?: boolean;
+                metric?: string;
+                /** @description all trained ones if left out */
+                layer?: string[] | null;
+                from_update?: number | null;
+                to_update?: number | null;
+                /** @description most buckets */
+                points?: number;
+                /** @description of a bucket: a power of two; goes before points */
+                width?: number | null;
+            };
+            header?: never;
+            path: {
+                /** @description id of a run */
+                run_id: string;
+                name: "heatmap" | "bands";
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": {
+                        [key: string]: unknown;
+                    };
                 };
             };
             /** @description problem details (RFC 9457) */
