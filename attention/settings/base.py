@@ -124,29 +124,6 @@ class VariantSettings(BaseModel):
         return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
-def reserve_setting() -> Any:
-    """Of a variant that asks for room: whether to ask."""
-    return setting(
-        True,
-        Group.MEMORY,
-        "Before the first call of each shape ask ComfyUI to make room for what the call will "
-        "need, which unloads models that this sampling doesn't use.",
-    )
-
-
-def reserve_factor_setting() -> Any:
-    """Of a variant that asks for room: how much more than the estimate."""
-    return setting(
-        1.1,
-        Group.MEMORY,
-        "Room asked for, as a multiple of the estimate.",
-        ge=1.0,
-        le=4.0,
-        step=0.05,
-        advanced=True,
-    )
-
-
 class Measured(VariantSettings):
     """What every variant measures besides its own output."""
 

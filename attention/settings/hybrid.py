@@ -6,7 +6,18 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
+from .base import Group, Measured, setting
+from .shared import (
+    block_type_setting,
+    enabled_setting,
+    fallback_share_setting,
+    layer_end_setting,
+    layer_start_setting,
+    min_tokens_setting,
+    reserve_factor_setting,
+    reserve_setting,
+    sigma_max_setting,
+)
 
 _WINDOW = "0 means all tokens."
 
@@ -15,44 +26,15 @@ class HybridSettings(Measured):
     """Hybrid attention: exact in a window and to the text, a low-dimensional Taylor series for
     everything else."""
 
-    enabled: bool = setting(True, Group.GATE, "Off runs exact attention everywhere.")
-    min_tokens: int = setting(
+    enabled: bool = enabled_setting()
+    min_tokens: int = min_tokens_setting(
         1024,
-        Group.GATE,
         "Calls with fewer tokens run exact attention.",
-        unit="tokens",
-        ge=0,
-        le=1_000_000,
-        step=1,
     )
-    sigma_max: float = setting(
-        0.0,
-        Group.GATE,
-        "Run only at steps whose sigma is at most this. 0 sets no limit.",
-        unit="sigma",
-        ge=0.0,
-        le=1000.0,
-        step=0.01,
-    )
-    layer_start: int = setting(
-        -1,
-        Group.GATE,
-        "First block index at which to run, counted within its block type. -1 sets no limit.",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    layer_end: int = setting(
-        -1,
-        Group.GATE,
-        "Last block index at which to run, inclusive. -1 sets no limit.",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    block_type: Literal["all", "double", "single"] = setting(
-        "all", Group.GATE, "Kind of block in which to run."
-    )
+    sigma_max: float = sigma_max_setting()
+    layer_start: int = layer_start_setting()
+    layer_end: int = layer_end_setting()
+    block_type: Literal["all", "double", "single"] = block_type_setting()
 
     local_window: int = setting(
         512,
@@ -255,15 +237,7 @@ class HybridSettings(Measured):
         "an even P can have any, and only there the call waits for the device. Off leaves the far "
         "tokens of such queries out.",
     )
-    denom_fallback_frac_limit: float = setting(
-        0.0,
-        Group.STABILITY,
-        "Share of bad denominators that is still tolerated before a call falls back.",
-        unit="share",
-        ge=0.0,
-        le=1.0,
-        step=0.001,
-    )
+    denom_fallback_frac_limit: float = fallback_share_setting()
     max_feature_dim_R: int = setting(
         50_000,
         Group.MEMORY,

@@ -6,54 +6,34 @@ from typing import Literal
 
 from pydantic import ValidationInfo, field_validator
 
-from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
+from .base import Group, Measured, setting
+from .shared import (
+    block_type_setting,
+    enabled_setting,
+    fallback_share_setting,
+    layer_end_setting,
+    layer_start_setting,
+    min_tokens_setting,
+    reserve_factor_setting,
+    reserve_setting,
+    sigma_max_setting,
+)
 
 
 class TaylorSettings(Measured):
     """Taylor attention: the exponential as a truncated power series over unique monomials."""
 
-    enabled: bool = setting(True, Group.GATE, "Off runs exact attention everywhere.")
-    min_tokens: int = setting(
+    enabled: bool = enabled_setting()
+    min_tokens: int = min_tokens_setting(
         100,
-        Group.GATE,
         "Calls with fewer query or key tokens run exact attention.",
-        unit="tokens",
-        ge=0,
-        le=1_000_000,
-        step=1,
     )
-    taylor_sigma_max: float = setting(
-        0.0,
-        Group.GATE,
-        "Run only at steps whose sigma is at most this. 0 sets no limit. Early steps (high sigma) "
-        "lay out the picture, late ones add detail.",
-        title="sigma max",
-        unit="sigma",
-        ge=0.0,
-        le=1000.0,
-        step=0.01,
+    taylor_sigma_max: float = sigma_max_setting(
+        " Early steps (high sigma) lay out the picture, late ones add detail."
     )
-    taylor_layer_start: int = setting(
-        -1,
-        Group.GATE,
-        "First block index at which to run, counted within its block type. -1 sets no limit.",
-        title="layer start",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    taylor_layer_end: int = setting(
-        -1,
-        Group.GATE,
-        "Last block index at which to run, inclusive. -1 sets no limit.",
-        title="layer end",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    taylor_block_type: Literal["all", "double", "single"] = setting(
-        "all", Group.GATE, "Kind of block in which to run.", title="block type"
-    )
+    taylor_layer_start: int = layer_start_setting()
+    taylor_layer_end: int = layer_end_setting()
+    taylor_block_type: Literal["all", "double", "single"] = block_type_setting()
     allow_cross_attention: bool = setting(
         True, Group.GATE, "Run also where query and key lengths differ.", advanced=True
     )
@@ -182,15 +162,7 @@ class TaylorSettings(Measured):
         "Run exact attention for a call whose share of bad denominators exceeds the limit. Off "
         "clamps them to eps: the picture can break.",
     )
-    denom_fallback_frac_limit: float = setting(
-        0.0,
-        Group.STABILITY,
-        "Share of bad denominators that is still tolerated before a call falls back.",
-        unit="share",
-        ge=0.0,
-        le=1.0,
-        step=0.001,
-    )
+    denom_fallback_frac_limit: float = fallback_share_setting()
     fallback_decision: Literal["same_call", "deferred"] = setting(
         "same_call",
         Group.STABILITY,

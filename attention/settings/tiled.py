@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
+from .base import Group, Measured, setting
+from .shared import (
+    block_type_setting,
+    enabled_setting,
+    layer_end_setting,
+    layer_start_setting,
+    min_tokens_setting,
+    reserve_factor_setting,
+    reserve_setting,
+    sigma_max_setting,
+)
 
 
 class TiledSettings(Measured):
     """Tiled attention: exact near each query, one pseudo-key for every tile further away."""
 
-    enabled: bool = setting(True, Group.GATE, "Off runs exact attention everywhere.")
-    min_tokens: int = setting(
+    enabled: bool = enabled_setting()
+    min_tokens: int = min_tokens_setting(
         -1,
-        Group.GATE,
         "Calls with fewer tokens run exact attention. -1 goes by the device: 4,096 on a CPU, "
         "where 4,600 tokens are 1.4 to 1.8 times as fast as exact; 8,192 on others, where exact "
         "attention is so fast that fewer tokens lose time.",
-        unit="tokens",
-        ge=-1,
-        le=1_000_000,
-        step=1,
+        least=-1,
     )
     dense_first_steps: int = setting(
         2,
@@ -31,37 +37,10 @@ class TiledSettings(Measured):
         ge=0,
         le=1000,
     )
-    tiled_sigma_max: float = setting(
-        0.0,
-        Group.GATE,
-        "Run only at steps whose sigma is at most this. 0 sets no limit.",
-        title="sigma max",
-        unit="sigma",
-        ge=0.0,
-        le=1000.0,
-        step=0.01,
-    )
-    tiled_layer_start: int = setting(
-        -1,
-        Group.GATE,
-        "First block index at which to run, counted within its block type. -1 sets no limit.",
-        title="layer start",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    tiled_layer_end: int = setting(
-        -1,
-        Group.GATE,
-        "Last block index at which to run, inclusive. -1 sets no limit.",
-        title="layer end",
-        unit="block",
-        ge=-1,
-        le=999,
-    )
-    tiled_block_type: Literal["all", "double", "single"] = setting(
-        "all", Group.GATE, "Kind of block in which to run.", title="block type"
-    )
+    tiled_sigma_max: float = sigma_max_setting()
+    tiled_layer_start: int = layer_start_setting()
+    tiled_layer_end: int = layer_end_setting()
+    tiled_block_type: Literal["all", "double", "single"] = block_type_setting()
 
     window_radius: int = setting(
         1,

@@ -130,7 +130,8 @@ def _attend_heads(
     text_key, text_value = key[:, :text].to(dtype), value[:, :text].to(dtype)
     field = Field.build(tiles, queries, keys, values, layout, options, space)
     loop = Loop(tiles, queries, keys, values, text_key, text_value, field, options, space)
-    attended = space.take("attended", values.shape)
+    # The loop is done with a run's queries when it fills that run's rows.
+    attended = queries if queries.shape == values.shape else space.take("attended", values.shape)
     loop.run(attended)
     from_tiles(tiles, attended, out[:, text:])
     if rows is None:

@@ -9,6 +9,7 @@ import torch
 
 from ..token_layout import TokenLayout
 from . import far, select
+from .cross import Cross
 from .options import Options, picked_tiles, window_tiles
 from .pool import Pooled, pool
 from .products import multiply
@@ -22,6 +23,7 @@ class Field:
 
     Attributes:
         pooled: None where every tile is exact.
+        cross: H of the tiles; None where not needed.
         picks: ``[G, T, K]`` int64; None for none.
         excluded: ``[G or 1, T, T]``, -inf where the column's tile is exact for the row's, else 0.
         bias: of the pseudo-keys, ``[G or 1, T, M]``: log n + c', or -inf where the tile is exact.
@@ -30,6 +32,7 @@ class Field:
     """
 
     pooled: Pooled | None
+    cross: Cross | None = None
     picks: torch.Tensor | None = None
     excluded: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -51,21 +54,18 @@ class Field:
         least = min((window_tiles(grid, options.radius) for grid in layout.grids), default=0)
         if least + picked >= tiles.count and picked == 0:
             return cls(None)
-        pooled = pool(
-            tiles, query, key, value, space,
-            block=options.block,
-            spread=options.correction,
-            cross=options.first_order or picked > 0,
-        )  # fmt: skip
+        pooled = pool(tiles, query, key, value, block=options.block, spread=options.correction)
+        cross = None
+        if options.first_order or picked:
+            cross = Cross.of(tiles, key, value, pooled, space)
         corrected = far.correction(pooled)
         mass = pooled.log_count if corrected is None else pooled.log_count + corrected[0]
         logits = multiply(pooled.query, pooled.key.transpose(-2, -1)) + mass
         excluded = select.excluded_windows(tiles, options.radius, query.dtype).unsqueeze(0)
         picks = None
         if picked:
-            assert pooled.cross is not None
-            norm = pooled.cross.flatten(2).norm(dim=-1)
-            picks = select.pick(logits, norm, excluded, picked)
+            assert cross is not None
+            picks = select.pick(logits, cross.norm(), excluded, picked)
             excluded = excluded.expand(query.shape[0], -1, -1).scatter(2, picks, -math.inf)
         weights, shared = None, 1
         if options.first_order:
@@ -74,4 +74,4 @@ class Field:
             )
             weights, shared = far.shared(own, layout)
         bias = excluded.repeat_interleave(pooled.blocks, dim=-1) + mass
-        return cls(pooled, picks, excluded, bias, weights, shared)
+        return cls(pooled, cross, picks, excluded, bias, weights, shared)

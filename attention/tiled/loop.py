@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import far, near
+from . import near
 from .field import Field
 from .options import Options
 from .products import add_product, multiply
@@ -48,7 +48,7 @@ class Loop:
             self._dead = torch.zeros_like(dead, dtype=query.dtype).masked_fill_(dead, -math.inf)
 
     def run(self, out: torch.Tensor) -> None:
-        """Fill ``out`` ``[G, T, 64, Dv]``."""
+        """Fill ``out`` ``[G, T, 64, Dv]``, which may be the queries' own memory."""
         bounds = sizes(out.device)
         heads, _, _, width = self._query.shape
         columns = max(self._columns(grid.first) for grid in self._tiles.grids)
@@ -56,9 +56,11 @@ class Loop:
         most = max(1, bounds.logits // row)
         all_runs = list(near.runs(self._tiles.grids, most, self._slides))
         rows = max(run.count for run in all_runs) * heads * SLOTS
-        work = self._space.take("logits", (2, rows * columns))
+        # A CPU's softmax is done with a number when it writes it; half the memory stays cached.
+        parts = 1 if out.device.type == "cpu" else 2
+        work = self._space.take("logits", (parts, rows * columns))
         held = self._query.element_size() * heads * width * out.shape[-1]
-        for together in _together(all_runs, max(1, bounds.cross // held)):
+        for together in _together(all_runs, max(1, bounds.terms // held) * self._field.shared):
             begin = together[0].first // self._field.shared
             terms = self._terms(begin, together[-1].last)
             for run in together:
@@ -67,10 +69,10 @@ class Loop:
     def _terms(self, begin: int, last: int) -> torch.Tensor | None:
         """First-order terms ``[G, t, D, Dv]`` from the one numbered ``begin`` to tile ``last``."""
         field = self._field
-        if field.weights is None or field.pooled is None:
+        if field.weights is None or field.cross is None:
             return None
         end = -(-last // field.shared)
-        return far.first_order(field.weights[:, begin:end], field.pooled, self._space)
+        return field.cross.weighted(field.weights[:, begin:end])
 
     def _linear(
         self, run: near.Run, query: torch.Tensor, terms: torch.Tensor, begin: int
@@ -79,6 +81,8 @@ class Loop:
         shared = self._field.shared
         first, last = run.first // shared, -(-run.last // shared)
         own = terms[:, first - begin : last - begin]
+        if last - first == 1:
+            return torch.matmul(query.flatten(1, 2), own.squeeze(1))
         if run.first % shared == 0 and run.last % shared == 0:
             # Tiles that share a term are one matrix.
             query = query.reshape(query.shape[0], last - first, -1, query.shape[-1])
@@ -100,7 +104,9 @@ class Loop:
     def _batches(self, run: near.Run) -> list[list[near.Batch]]:
         """Exact tiles of a run: those of the window, then those picked."""
         if self._slides:
-            window = list(near.sliding(self._key, self._value, run, self._options.radius))
+            window = list(
+                near.sliding(self._key, self._value, run, self._options.radius, self._space)
+            )
         else:
             window = [near.gathered(self._key, self._value, self._numbers(run))]
         if self._field.picks is None:
@@ -124,13 +130,15 @@ class Loop:
         heads, count, _, width = query.shape
         common, columns = self._common_key.shape[1], self._columns(run.first)
         shape = (heads, count, SLOTS, columns)
-        logits, weights = (half[: math.prod(shape)].view(shape) for half in work)
+        # The last part is the first where softmax works in place.
+        logits, weights = (work[part, : math.prod(shape)].view(shape) for part in (0, -1))
         flat = query.reshape(heads, count * SLOTS, width)
         by_head = logits.view(heads, count * SLOTS, columns)
         multiply(flat, self._common_key.transpose(-2, -1), out=by_head[:, :, :common])
         if self._field.bias is not None:
             bias = self._field.bias[:, run.first : run.last].unsqueeze(2)
             logits[..., self._text : common] += bias
+        linear = None if terms is None else self._linear(run, query, terms, begin)
         batches = self._batches(run)
         place = common
         for batch_list in batches:
@@ -146,9 +154,9 @@ class Loop:
         place = common
         for batch_list in batches:
             place = _add_near(attended, weights, batch_list, place)
-        if terms is not None:
+        if linear is not None:
             share = by_head[:, :, self._text : common].sum(dim=-1, keepdim=True)
-            attended.addcmul_(self._linear(run, query, terms, begin), share)
+            attended.addcmul_(linear, share)
         if heads > 1:
             target.copy_(attended.view(target.shape))
 

@@ -6,6 +6,8 @@ import torch
 
 from ..taylor.kernel import accumulation_dtype
 from ..token_layout import TokenLayout
+from .cross import tiles_at_a_time
+from .far import tiles_sharing
 from .options import Options, picked_tiles, window_tiles
 from .sizes import heads_at_a_time, sizes
 from .tiles import SIDE, SLOTS, tile_count
@@ -44,15 +46,21 @@ def working_bytes(
     exact += picked_tiles(tiles, layout, options)
     columns = layout.text_tokens + exact * SLOTS + tiles * blocks
 
-    # Query, key, value, output and offsets by tile; three of them again on the way to tiles.
-    by_tile = tiles * SLOTS * (3 * head_dim + 2 * value_dim)
+    # Query, key and value by tile, and the output where it doesn't take the queries' place.
+    by_tile = tiles * SLOTS * (2 * head_dim + value_dim)
+    if head_dim != value_dim:
+        by_tile += tiles * SLOTS * value_dim
     gathered = tiles * SLOTS * max(head_dim, value_dim)
     text = layout.text_tokens * (head_dim + value_dim)
-    cross = tiles * head_dim * value_dim if options.first_order or options.top_k else 0
+    cross = 0
+    if options.first_order or options.top_k:
+        step = tiles_at_a_time(tiles, size * group * head_dim * value_dim, device)
+        cross = step * head_dim * (value_dim + SLOTS)
     terms = 0
     if options.first_order:
-        terms = min(tiles, max(bounds.cross // (size * group * head_dim * value_dim), 1))
-        terms *= head_dim * value_dim
+        # Those at the ends of what is held together may serve tiles beyond it too.
+        most = max(bounds.terms // (size * group * head_dim * value_dim), 1) + 2
+        terms = min(-(-tiles // tiles_sharing(layout)), most) * head_dim * value_dim
     # Logits, weights and masks between tiles, and pooled tiles.
     between = 5 * tiles * tiles * blocks + 2 * tiles * blocks * (head_dim + value_dim)
     row = SLOTS * columns
@@ -60,8 +68,9 @@ def working_bytes(
     slides = device.type == "cpu" and group == 1
     if slides:
         run = min(run, max((-(-columns // SIDE) for _, columns in layout.grids), default=0))
-    # Logits and weights, and the near products on the way to them.
-    loop = run * (3 * row + SLOTS * (head_dim + 3 * value_dim))
+    # Logits, weights where they have memory of their own, and near products on the way to them.
+    parts = 2 if device.type == "cpu" else 3
+    loop = run * (parts * row + SLOTS * (head_dim + 3 * value_dim))
     if not slides or options.top_k:
         loop += run * exact * SLOTS * (head_dim + value_dim)
     working = group * size * (by_tile + gathered + text + cross + terms + between + loop)

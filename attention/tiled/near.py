@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .tiles import SLOTS, TileGrid, window_start, window_width
+from .workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,9 @@ def gathered(key: torch.Tensor, value: torch.Tensor, numbers: torch.Tensor) -> B
     return Batch(0, numbers.shape[1], chosen(key), chosen(value))
 
 
-def sliding(key: torch.Tensor, value: torch.Tensor, run: Run, radius: int) -> Iterator[Batch]:
+def sliding(
+    key: torch.Tensor, value: torch.Tensor, run: Run, radius: int, space: Workspace
+) -> Iterator[Batch]:
     """The windows of query tiles in one row of tiles, without a copy of each window.
 
     Rows of tiles that the windows reach are laid side by side, so that a column of a window is
@@ -98,6 +101,7 @@ def sliding(key: torch.Tensor, value: torch.Tensor, run: Run, radius: int) -> It
         value: ``[1, T, 64, Dv]``.
         run: within a row of tiles.
         radius: of the windows.
+        space: holds the rows of tiles, until the next run's.
     """
     grid = run.grid
     row, begin = divmod(run.first - grid.first, grid.columns)
@@ -107,16 +111,17 @@ def sliding(key: torch.Tensor, value: torch.Tensor, run: Run, radius: int) -> It
     left = window_start(begin, grid.columns, radius)
     right = window_start(end - 1, grid.columns, radius) + wide
 
-    def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    def side_by_side(name: str, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
         own = x[0, grid.first : grid.last].view(grid.rows, grid.columns, SLOTS, width)
-        band = own[top : top + high, left:right].transpose(0, 1).contiguous()
+        band = space.take(name, (right - left, high, SLOTS, width))
+        band.copy_(own[top : top + high, left:right].transpose(0, 1))
         column = high * SLOTS * width
         return band.as_strided(
             (right - left - wide + 1, wide * high * SLOTS, width), (column, width, 1)
         )
 
-    keys, values = side_by_side(key), side_by_side(value)
+    keys, values = side_by_side("near key", key), side_by_side("near value", value)
     starts = [window_start(place, grid.columns, radius) - left for place in range(begin, end)]
     place = 0
     while place < len(starts):

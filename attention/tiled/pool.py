@@ -19,7 +19,6 @@ import torch
 
 from .products import multiply
 from .tiles import SLOTS, Tiles
-from .workspace import Workspace
 
 _SAMPLE = 5
 """Every fifth slot serves to estimate covariances: 13 of a tile, no two columns alike."""
@@ -41,7 +40,6 @@ class Pooled:
         log_count: ``[M]``, log n; -inf where a block has no live slot.
         own: ``[G, T]``, mean of ½·qᵀΣ̄q over each tile's queries; None without a correction.
         share: ``[G, M]``, s of each block; None likewise.
-        cross: ``[G, T, D, Dv]``, H of each tile, about its blocks' means; None where not needed.
         blocks: blocks of a tile.
     """
 
@@ -51,7 +49,6 @@ class Pooled:
     log_count: torch.Tensor
     own: torch.Tensor | None
     share: torch.Tensor | None
-    cross: torch.Tensor | None
     blocks: int
 
 
@@ -60,11 +57,9 @@ def pool(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    space: Workspace,
     *,
     block: int,
     spread: bool,
-    cross: bool,
 ) -> Pooled:
     """Pool the tiles of some heads.
 
@@ -73,10 +68,8 @@ def pool(
         query: ``[G, T, 64, D]``, the scale already in it.
         key: ``[G, T, 64, D]``.
         value: ``[G, T, 64, Dv]``.
-        space: holds ``cross``.
         block: slots of a block, 64 or 16.
         spread: whether to estimate Σ̄, s and what the queries make of them.
-        cross: whether to compute H.
     """
     heads, count, _, width = key.shape
     blocks = SLOTS // block
@@ -92,25 +85,12 @@ def pool(
         return (by_block * live.view(count * blocks, block, 1)).sum(dim=2) / least
 
     key_mean = mean(key)
-    share = own = products = None
-    if spread or cross:
-        offsets = space.take("offsets", (heads, count * blocks, block, width))
-        torch.sub(key.view(offsets.shape), key_mean.unsqueeze(2), out=offsets)
-        offsets = offsets.view(heads, count, SLOTS, width)
-        if not tiles.full:
-            offsets.mul_(live)
-        if spread:
-            matrix, share = _spread(offsets, live, block)
-            some = query[:, :, ::_SAMPLE].reshape(heads, -1, width)
-            squared = multiply(some, matrix).mul_(some).sum(dim=-1)
-            own = squared.view(heads, count, -1).mean(dim=-1).mul_(0.5)
-        if cross:
-            products = space.take("cross", (heads, count, width, value.shape[-1]))
-            torch.bmm(
-                offsets.flatten(0, 1).transpose(-2, -1),
-                value.flatten(0, 1),
-                out=products.flatten(0, 1),
-            )
+    share = own = None
+    if spread:
+        matrix, share = _spread(key, key_mean, live, block)
+        some = query[:, :, ::_SAMPLE].reshape(heads, -1, width)
+        squared = multiply(some, matrix).mul_(some).sum(dim=-1)
+        own = squared.view(heads, count, -1).mean(dim=-1).mul_(0.5)
     queries = query.mean(dim=2)
     if not tiles.full:
         queries = (query * live).sum(dim=2) / live.sum(dim=1)
@@ -121,22 +101,22 @@ def pool(
         log_count=held.squeeze(-1).log(),
         own=own,
         share=share,
-        cross=products,
         blocks=blocks,
     )
 
 
 def _spread(
-    offsets: torch.Tensor, live: torch.Tensor, block: int
+    key: torch.Tensor, mean: torch.Tensor, live: torch.Tensor, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ̄ ``[G, D, D]`` and s ``[G, M]`` of the offsets from their means, ``[G, T, 64, D]``."""
-    heads, count, _, width = offsets.shape
+    """Σ̄ ``[G, D, D]`` and s ``[G, M]`` of keys ``[G, T, 64, D]`` about their means."""
+    heads, count, _, width = key.shape
     blocks = SLOTS // block
-    by_block = offsets.view(heads, count * blocks, block, width)
+    by_block = key.view(heads, count * blocks, block, width)
     alive = live.view(count * blocks, block)
     if block == SLOTS:
         by_block, alive = by_block[:, :, ::_SAMPLE], alive[:, ::_SAMPLE]
-    some = by_block.reshape(heads, -1, width)
+    offsets = (by_block - mean.unsqueeze(2)).mul_(alive.unsqueeze(-1))
+    some = offsets.view(heads, -1, width)
     held = alive.sum()
     matrix = multiply(some.transpose(-2, -1), some) / held
     quadratic = (multiply(some, matrix) * some).sum(dim=-1).view(heads, count * blocks, -1)

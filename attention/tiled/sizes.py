@@ -17,18 +17,20 @@ class Sizes:
     Attributes:
         heads: copies and pooled tiles of the heads that are computed at a time.
         logits: of one run of query tiles.
-        cross: first-order terms of query tiles.
+        terms: first-order terms of query tiles.
+        cross: H of tiles, on the way to them.
     """
 
     heads: int
     logits: int
+    terms: int
     cross: int
 
 
-CPU_SIZES = Sizes(heads=0, logits=6 * 2**20, cross=32 * 2**20)
-"""One head at a time, and logits that stay in the cache."""
+CPU_SIZES = Sizes(heads=0, logits=3 * 2**20, terms=32 * 2**20, cross=8 * 2**20)
+"""One head at a time, and what stays in the cache: a fresh page costs as much as filling it."""
 
-DEVICE_SIZES = Sizes(heads=1024 * 2**20, logits=512 * 2**20, cross=512 * 2**20)
+DEVICE_SIZES = Sizes(heads=1024 * 2**20, logits=512 * 2**20, terms=512 * 2**20, cross=512 * 2**20)
 
 
 def sizes(device: torch.device) -> Sizes:

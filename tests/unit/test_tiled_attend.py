@@ -224,7 +224,11 @@ def test_other_sizes_of_work_give_the_same(
     expected = tiled_attention(
         query, key, value, SCALE, layout, options, log_mass_rows=every(layout)
     )
-    for bounds in (Sizes(2**30, 2**30, 2**30), Sizes(0, 1, 1), Sizes(2**21, 2**18, 2**15)):
+    for bounds in (
+        Sizes(2**30, 2**30, 2**30, 2**30),
+        Sizes(0, 1, 1, 1),
+        Sizes(2**21, 2**18, 2**15, 2**13),
+    ):
         monkeypatch.setattr(sizes, "CPU_SIZES", bounds)
         found = tiled_attention(
             query, key, value, SCALE, layout, options, log_mass_rows=every(layout)

@@ -79,6 +79,8 @@ CASES = [
     (PLAIN, 32, torch.float32, Options(radius=0, top_k=2), ONE),
     (RAGGED, 32, torch.float32, Options(radius=0, top_k=3, block=16), TWO),
     (TokenLayout(0, ((17, 40),)), 32, torch.float32, Options(radius=0), ONE),
+    (TokenLayout(0, ((8, 128),)), 32, torch.float32, Options(radius=0), ONE),
+    (TokenLayout(0, ((9, 64),)), 32, torch.bfloat16, Options(radius=0), TWO),
 ]
 
 
