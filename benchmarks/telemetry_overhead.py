@@ -144,23 +144,28 @@ class Account:
         self._since = 0.0
         self._undo: list[tuple[Any, str, Any]] = []
 
-    def _turn(self, ours: bool) -> bool:
+    def _turn(self, now: float, ours: bool) -> bool:
         """Whose work comes now; answers whose it was."""
-        before, now = self._in_ours, time.perf_counter()
+        before = self._in_ours
         if before:
             self.ours += now - self._since
-        self._in_ours, self._since = ours, now
+        self._in_ours = ours
+        self._since = time.perf_counter()
         return before
 
     def wrap(self, work: Callable[..., Any], ours: bool) -> Callable[..., Any]:
-        """The same function, its time counted as ours or not."""
+        """The same function, its time counted as ours or not.
+
+        The account's own work is between the two readings of the clock, and counts for nobody.
+        """
+        clock, turn = time.perf_counter, self._turn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            before = self._turn(ours)
+            before = turn(clock(), ours)
             try:
                 return work(*args, **kwargs)
             finally:
-                self._turn(before)
+                turn(clock(), before)
 
         return counted
 
