@@ -275,14 +275,5 @@ def _percentiles(logits: torch.Tensor, seen: torch.Tensor | None) -> torch.Tenso
 
 def _of_all(values: torch.Tensor) -> torch.Tensor:
     """`_percentiles` of ``[L, V]``, selected: a full order would cost four times as much."""
-    count = values.shape[1]
-    found = []
-    for share in _PERCENTILES.values():
-        rank = max(1, math.ceil(share * count))
-        largest = 2 * rank > count
-        if rank == (count + 1) // 2:
-            found.append(values.median(dim=1).values)
-        else:
-            wanted = count - rank + 1 if largest else rank
-            found.append(values.topk(wanted, dim=1, largest=largest).values[:, -1])
-    return torch.stack(found, dim=1)
+    ranks = [max(1, math.ceil(share * values.shape[1])) for share in _PERCENTILES.values()]
+    return torch.stack([values.kthvalue(rank, dim=1).values for rank in ranks], dim=1)

@@ -1,22 +1,24 @@
 """What watching costs the sampler: sampling time with telemetry on over the same without it.
 
 The same small Flux (64×64 latent, 1,024 image and 32 text tokens) is sampled by ComfyUI's own
-sampler in one process, watched and unwatched in turn, the order changing from pair to pair; each
-pair gives a ratio, and the median of the ratios counts. A sampling has 20 steps, as users' do;
-quartiles and the processors' time are printed because the machine's speed drifts by more than what
-is to be measured. The attention is the same on both sides.
+sampler in one process, in rounds of four: unwatched, watched, watched, unwatched, and the next
+the other way round, so that a steady drift of the machine's speed falls on both sides alike. Each
+round gives a ratio, and the median of the ratios counts. A sampling has 20 steps, as users' do;
+quartiles and the processors' time are printed because the rest of that drift is more than what is
+to be measured. The attention is the same on both sides.
 
 That drift can hide the ratio. So each comparison also prints an account of the same samplings: the
 time inside our hooks on the sampler's thread, and with it the link's processor time, over the time
 of the unwatched samplings. It leaves out what our work does to the caches and to the other core.
 
-``telemetry_overhead``: the monitor at its defaults, statistics of every call at every step,
+``telemetry_overhead``: the monitor at its defaults, each layer measured at every fourth step,
 against the plain model. The receiver, in a process of its own, does no more than a receiver must:
 it unpacks a batch, looks the sequence numbers up and answers them. A further line tells what the
 recorder and outbox cost by themselves (``quality_samples=0``).
 ``telemetry_overhead_all``: Taylor attention with every diagnostic that there is: besides those of
 the monitor the error against exact attention, the same after shaping, and the log mass. The other
-side is the same Taylor attention, told to send nothing.
+side is the same Taylor attention, told to send nothing. Further lines tell what either costs where
+every layer is measured at every step (``quality_every=1``).
 ``telemetry_overhead_with_server``: recorder and outbox (``quality_samples=0``) with the real
 server, which validates, stores and publishes every event on the same cores.
 
@@ -37,6 +39,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +57,8 @@ RESULTS = (
 
 SIDE = 64
 STEPS = 20
-PAIRS = 16
-"""Each result then takes three minutes."""
+ROUNDS = 9
+"""Each result then takes three to four minutes."""
 
 TAYLOR = {"P": 3, "feature_projection": 32, "qk_norm_power": 0.5}
 """A step about as short as exact attention's, of which the diagnostics are the largest share.
@@ -144,23 +147,28 @@ class Account:
         self._since = 0.0
         self._undo: list[tuple[Any, str, Any]] = []
 
-    def _turn(self, ours: bool) -> bool:
+    def _turn(self, now: float, ours: bool) -> bool:
         """Whose work comes now; answers whose it was."""
-        before, now = self._in_ours, time.perf_counter()
+        before = self._in_ours
         if before:
             self.ours += now - self._since
-        self._in_ours, self._since = ours, now
+        self._in_ours = ours
+        self._since = time.perf_counter()
         return before
 
     def wrap(self, work: Callable[..., Any], ours: bool) -> Callable[..., Any]:
-        """The same function, its time counted as ours or not."""
+        """The same function, its time counted as ours or not.
+
+        The account's own work is between the two readings of the clock, and counts for nobody.
+        """
+        clock, turn = time.perf_counter, self._turn
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            before = self._turn(ours)
+            before = turn(clock(), ours)
             try:
                 return work(*args, **kwargs)
             finally:
-                self._turn(before)
+                turn(clock(), before)
 
         return counted
 
@@ -228,7 +236,7 @@ class Taken(NamedTuple):
 
 @dataclass
 class Figures:
-    """Pairs of samplings, watched and not."""
+    """Samplings, watched and not, two of each a round."""
 
     on: list[Taken]
     off: list[Taken]
@@ -237,9 +245,10 @@ class Figures:
         return statistics.median(getattr(item, which) for item in side)
 
     def ratios(self, which: str) -> list[float]:
-        """Quartiles of the pairs' ratios."""
-        pairs = zip(self.on, self.off, strict=True)
-        return statistics.quantiles(getattr(on, which) / getattr(off, which) for on, off in pairs)
+        """Quartiles of the rounds' ratios."""
+        on, off = ([getattr(item, which) for item in side] for side in (self.on, self.off))
+        rounds = range(0, len(on), 2)
+        return statistics.quantiles(sum(on[i : i + 2]) / sum(off[i : i + 2]) for i in rounds)
 
     def more(self, which: str) -> float:
         """Seconds by which the watched side's median is above the other's."""
@@ -262,6 +271,7 @@ class Sampler:
         self.config = Config(url=url)
         self.plain = small_flux(mlp_ratio=4.0)
         chosen = settings_model(variant)(**settings)
+        self.quality_every: int = chosen.quality_every  # type: ignore[attr-defined]
         self.watched = hooks.attach(self.plain, hooks.Plan(variant, chosen, "", self.config))
         silent = hooks.Plan(variant, chosen, "", Config(url=url, disabled=True))
         # What the monitor leaves when it is told to send nothing is the plain model.
@@ -302,45 +312,50 @@ class Sampler:
             assert time.monotonic() < deadline, "the receiver did not keep up"
             time.sleep(0.002)
 
-    def measure(self, pairs: int) -> Figures:
-        """Pairs of samplings in turn."""
+    def measure(self, rounds: int) -> Figures:
+        """Samplings in turn."""
         for model in (self.unwatched, self.watched):
             self.time(model)
         on: list[Taken] = []
         off: list[Taken] = []
-        for pair in range(pairs):
-            order = [(self.watched, on), (self.unwatched, off)]
-            for model, times in order if pair % 2 else reversed(order):
+        watched, unwatched = (self.watched, on), (self.unwatched, off)
+        for index in range(rounds):
+            outer, inner = (watched, unwatched) if index % 2 else (unwatched, watched)
+            for model, times in (outer, inner, inner, outer):
                 times.append(self.time(model))
         return Figures(on, off)
 
 
 @contextmanager
-def watched_metrics() -> Iterator[set[str]]:
-    """The metrics that every layer had at every step; complete when the context has ended."""
+def watched_metrics() -> Iterator[dict[str, int]]:
+    """At how many steps of a run each layer had a metric at least; known when the context ends."""
     from attnscope.comfy_plugin.recorder import ClosedStep
 
-    everywhere: set[str] = set()
-    steps: list[set[str]] = []
+    least: dict[str, int] = {}
+    counts: Counter[tuple[str, str, str]] = Counter()
     build = ClosedStep.build
 
     def listening(self: ClosedStep, seq: int) -> Any:
         closed = build(self, seq)
-        steps.append({n for n, column in closed.layers.metrics.items() if None not in column})
+        layers = closed.layers
+        for name, column in layers.metrics.items():
+            for layer, value in zip(layers.layer, column, strict=True):
+                counts[name, closed.run_id, layer] += value is not None
         return closed
 
     ClosedStep.build = listening  # type: ignore[method-assign]
     try:
-        yield everywhere
+        yield least
     finally:
         ClosedStep.build = build  # type: ignore[method-assign]
-        everywhere |= set.intersection(*steps) if steps else set()
+        for (name, _, _), count in counts.items():
+            least[name] = min(count, least.get(name, count))
 
 
 def compare(
     what: str,
     receiver: Callable[[], Any],
-    pairs: int,
+    rounds: int,
     variant: str = "exact",
     diagnostics: frozenset[str] = frozenset(),
     **settings: Any,
@@ -350,20 +365,23 @@ def compare(
     Args:
         what: for people.
         receiver: of the events.
-        pairs: of samplings.
+        rounds: of samplings.
         variant: that runs on both sides.
-        diagnostics: metrics that every layer has to have had at every step.
+        diagnostics: metrics that every layer has to have had as often as it is its turn.
         settings: of the variant.
     """
     with receiver() as url, tempfile.TemporaryDirectory() as folder, watched_metrics() as seen:
-        figures = Sampler(url, Path(folder), variant, settings).measure(pairs)
-    assert diagnostics <= seen, f"not measured everywhere: {sorted(diagnostics - seen)}"
+        sampler = Sampler(url, Path(folder), variant, settings)
+        figures = sampler.measure(rounds)
+    turns = STEPS // sampler.quality_every
+    missing = sorted(name for name in diagnostics if seen.get(name, 0) < turns)
+    assert not missing, f"not measured everywhere: {missing}"
     for which in ("clock", "processors"):
         on, off = (figures.median(side, which) for side in (figures.on, figures.off))
         low, middle, high = figures.ratios(which)
         print(
             f"{what}, {which}: watched {on / STEPS * 1e3:.1f} ms a step, unwatched "
-            f"{off / STEPS * 1e3:.1f} ms a step, median ratio of {pairs} pairs {middle:.4f} "
+            f"{off / STEPS * 1e3:.1f} ms a step, median ratio of {rounds} rounds {middle:.4f} "
             f"(quartiles {low:.4f} and {high:.4f})",
             flush=True,
         )
@@ -381,7 +399,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--receiver", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of four samplings each")
     parser.add_argument("--threads", type=int, help="torch's threads; all cores by default")
     options = parser.parse_args()
     if options.receiver:
@@ -403,23 +421,39 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     only = os.environ.get("BENCH_ONLY")
     if only in (None, RESULTS[0]):
-        compare("recorder alone", bare_receiver, max(2, options.pairs // 4), quality_samples=0)
         ratio = compare(
-            "monitor at its defaults", bare_receiver, options.pairs, diagnostics=DEFAULT
+            "monitor at its defaults", bare_receiver, options.rounds, diagnostics=DEFAULT
+        )
+        compare("recorder alone", bare_receiver, 2, quality_samples=0)
+        compare(
+            "every layer at every step",
+            bare_receiver,
+            2,
+            diagnostics=DEFAULT,
+            quality_every=1,
         )
         print(f"RESULT {RESULTS[0]} {ratio:.4f}")
     if only in (None, RESULTS[1]):
         ratio = compare(
             "every diagnostic",
             bare_receiver,
-            options.pairs,
+            options.rounds,
             "taylor",
             diagnostics=ALL,
             **TAYLOR,
         )
+        compare(
+            "every diagnostic of every layer at every step",
+            bare_receiver,
+            2,
+            "taylor",
+            diagnostics=ALL,
+            quality_every=1,
+            **TAYLOR,
+        )
         print(f"RESULT {RESULTS[1]} {ratio:.4f}")
     if only in (None, RESULTS[2]):
-        ratio = compare("real server", real_server, options.pairs, quality_samples=0)
+        ratio = compare("real server", real_server, options.rounds, quality_samples=0)
         print(f"RESULT {RESULTS[2]} {ratio:.4f}")
 
 

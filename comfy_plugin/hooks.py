@@ -53,6 +53,8 @@ KEY = "attnscope"
 
 OVERRIDE = "optimized_attention_override"
 
+_is_compiling = torch.compiler.is_compiling
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -352,19 +354,19 @@ class _ModelCall:
 class _Attempt:
     """What our side of a call came to."""
 
-    __slots__ = (
-        "about", "call", "detail", "kind", "layout", "out", "reason", "result", "stats"
-    )  # fmt: skip
+    layer: LayerId | None = None
+    name = UNKNOWN_LAYER
+    measured = False
+    about: Call | None = None
+    call: AttentionCall | None = None
+    layout: TokenLayout | None = None
+    out: torch.Tensor | None = None
+    result: Result | None = None
+    kind = ""
+    reason = ""
+    detail = ""
 
     def __init__(self) -> None:
-        self.about: Call | None = None
-        self.call: AttentionCall | None = None
-        self.layout: TokenLayout | None = None
-        self.out: torch.Tensor | None = None
-        self.result: Result | None = None
-        self.kind = ""
-        self.reason = ""
-        self.detail = ""
         self.stats: dict[str, Any] = {}
 
     def gate(self, gate: Gate) -> None:
@@ -394,15 +396,17 @@ class AttentionHook:
         self._run = run
         self._pre_rope = pre_rope
         self._earlier = earlier
+        self._mark = run.clock.mark if run.records and run.clock.measures_calls else None
         self._complaints: set[str] = set()
 
     def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             # A traced graph can hold neither our decisions nor our measurements.
             return self._exact(func, args, kwargs)
-        run = self._run
-        timed = run.records and run.clock.measures_calls
-        start = run.clock.mark() if timed else None
+        run, mark = self._run, self._mark
+        if not run.variant.attends and run.capture is None:
+            return self._watch(func, args, kwargs)
+        start = None if mark is None else mark()
         attempt = self._attempt(func, args, kwargs)
         out = attempt.out
         if out is None:
@@ -412,7 +416,7 @@ class AttentionHook:
             if returned is None:
                 returned = self._exact(func, args, kwargs)
         if run.records:
-            end = run.clock.mark() if timed else None
+            end = None if mark is None else mark()
             try:
                 self._record(attempt, args, kwargs, start, end)
             except Exception:
@@ -422,7 +426,7 @@ class AttentionHook:
         if run.capture is not None and attempt.call is not None:
             options = kwargs.get("transformer_options")
             run.capture.take(
-                attempt.call, _layer(options), run.sigma, run.step,
+                attempt.call, attempt.layer, run.sigma, run.step,
                 layout=attempt.layout,
                 text_tokens=run.layouts.text_tokens(attempt.call.query.shape[2], options),
             )  # fmt: skip
@@ -449,6 +453,27 @@ class AttentionHook:
             variant.observe(call.query, call.key, call.value, out, about)
         except Exception:
             self._complain("a variant could not learn from a call")
+
+    def _watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """A call of a variant that leaves attention alone: read only where it is measured."""
+        run, mark = self._run, self._mark
+        start = None if mark is None else mark()
+        returned = self._exact(func, args, kwargs)
+        if not run.records:
+            return returned
+        end = None if mark is None else mark()
+        try:
+            name = _layer(kwargs.get("transformer_options"))[1]
+            if run.measures(name):
+                self._record(self._attempt(func, args, kwargs), args, kwargs, start, end)
+            else:
+                queries, keys = _tokens(args, kwargs, 0), _tokens(args, kwargs, 1)
+                run.record(
+                    CallRecord(name, False, "", "", "", queries, keys, {}, start, end),
+                )
+        except Exception:
+            self._complain("a call was not recorded")
+        return returned
 
     def _exact(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
         if self._earlier is not None:
@@ -480,20 +505,22 @@ class AttentionHook:
         attempt = _Attempt()
         run = self._run
         try:
-            attempt.call = call = read_call(args, kwargs)
             options = kwargs.get("transformer_options")
+            attempt.layer, attempt.name = _layer(options)
+            attempt.measured = run.measures(attempt.name)
+            attempt.call = call = read_call(args, kwargs)
             if run.variant.attends or run.capture is not None:
                 attempt.layout = run.layouts.read(call.query.shape[2], call.key.shape[2], options)
             if not run.variant.attends:
                 return attempt
             attempt.about = about = Call(
                 settings=run.settings,
-                layer=_layer(options),
+                layer=attempt.layer,
                 sigma=run.sigma,
                 step=run.step,
                 scale=call.scale,
                 mask=call.mask,
-                log_mass_rows=_sampled_rows(run, call.query),
+                log_mass_rows=_sampled_rows(run, call.query) if attempt.measured else None,
                 layout=attempt.layout,
                 pre_rope=None if self._pre_rope is None else self._pre_rope.of(call),
                 dense=self._dense(func, kwargs),
@@ -534,21 +561,20 @@ class AttentionHook:
         self, attempt: _Attempt, args: tuple[Any, ...], kwargs: Any, start: Any, end: Any
     ) -> None:
         run, call = self._run, attempt.call
-        layer = _layer(kwargs.get("transformer_options"))
         record = CallRecord(
-            layer=UNKNOWN_LAYER if layer is None else str(layer),
+            layer=attempt.name,
             made_by_variant=attempt.out is not None,
             kind=attempt.kind,
             reason=attempt.reason,
             detail=attempt.detail,
-            tokens_q=call.query.shape[2] if call else _tokens(args, 0),
-            tokens_k=call.key.shape[2] if call else _tokens(args, 1),
+            tokens_q=call.query.shape[2] if call else _tokens(args, kwargs, 0),
+            tokens_k=call.key.shape[2] if call else _tokens(args, kwargs, 1),
             stats=attempt.stats,
             start=start,
             end=end,
         )
         run.record(record)
-        if call is not None and run.measures:
+        if call is not None and attempt.measured:
             settings, result = run.settings, attempt.result
             run.measure(
                 record,
@@ -573,26 +599,28 @@ class AttentionHook:
             log.warning("AttnScope: %s; exact attention serves", what, exc_info=True)
 
 
-_LAYERS: dict[tuple[str, int], LayerId] = {}
+_NO_LAYER = (None, UNKNOWN_LAYER)
+_LAYERS: dict[tuple[str, int], tuple[LayerId, str]] = {}
 
 
-def _layer(options: Any) -> LayerId | None:
-    """The block that calls, as Flux-family models tell it."""
+def _layer(options: Any) -> tuple[LayerId | None, str]:
+    """The block that calls, as Flux-family models tell it, and its name."""
     # The exact type first: a look-up of the abstract one costs more than all the rest.
     if type(options) is not dict and not isinstance(options, Mapping):
-        return None
+        return _NO_LAYER
     kind, index = options.get("block_type"), options.get("block_index")
     if not isinstance(kind, str) or not isinstance(index, int):
-        return None
+        return _NO_LAYER
     known = _LAYERS.get((kind, index))
     if known is None:
-        known = _LAYERS[kind, index] = LayerId(kind, index)
+        layer = LayerId(kind, index)
+        known = _LAYERS[kind, index] = layer, str(layer)
     return known
 
 
 def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
-    """The queries that the call will be measured on; None where it won't be."""
-    if not run.variant.tells_log_mass or not run.measures:
+    """The queries that the call is measured on; None where its mass can't be told."""
+    if not run.variant.tells_log_mass:
         return None
     settings: Any = run.settings
     return sampled_indices(
@@ -600,9 +628,10 @@ def _sampled_rows(run: Run, query: torch.Tensor) -> torch.Tensor | None:
     )
 
 
-def _tokens(args: tuple[Any, ...], index: int) -> int:
-    """Tokens of a tensor whose layout isn't known: its last dimension but one."""
+def _tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int) -> int:
+    """Tokens of a tensor that wasn't read: its last dimension but one in every layout."""
     try:
-        return int(args[index].shape[-2])
-    except (IndexError, AttributeError):
+        tensor = args[index] if index < len(args) else kwargs[("q", "k")[index]]
+        return int(tensor.shape[-2])
+    except (IndexError, AttributeError, KeyError):
         return 0

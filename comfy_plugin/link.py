@@ -8,7 +8,6 @@ server, the sender, the mailbox and the search for finished images.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -30,8 +29,10 @@ log = logging.getLogger("attnscope")
 QUIET_S = 1.0
 """How long the thread stays when everything is done, so that the next run finds it."""
 
-DEVICE_POLL_S = 0.005
-HAND_OVER_S = 0.005
+LOOK_S = 0.25
+"""How often the thread looks for something to do. Being woken by each event would cost the
+sampler's thread a system call and the interpreter, and a request for each fast step."""
+
 PREVIEW_WAIT_S = 0.1
 
 Chore = Callable[[], Awaitable[None]]
@@ -86,9 +87,10 @@ class Channel:
             return now - self.busy_until >= QUIET_S
         return now - self.busy_until >= self.config.linger_s
 
-    def ring(self) -> None:
-        """On the loop: there may be something to do."""
-        self._bell.set()
+    def look(self) -> None:
+        """On the loop: see whether there is something to do."""
+        if len(self.outbox) or self.chores or not self.runs:
+            self._bell.set()
 
     async def serve(self) -> None:
         """Do the channel's work until cancelled."""
@@ -114,13 +116,12 @@ class Channel:
                 tasks.add(asyncio.create_task(self._adopt(session)))
                 while True:
                     self._bell.clear()
-                    await self._move(sender)
+                    self._move(sender)
                     while self.chores:
                         task = asyncio.create_task(self._do(self.chores.popleft()))
                         tasks.add(task)
                         task.add_done_callback(tasks.discard)
-                    if not len(self.outbox):
-                        await self._bell.wait()
+                    await self._bell.wait()
             finally:
                 for task in list(tasks):
                     task.cancel()
@@ -130,17 +131,15 @@ class Channel:
                     self.outbox.forget(())
                 self.spool.close(self.runs)
 
-    async def _move(self, sender: Sender) -> None:
-        while len(self.outbox):
-            if self.outbox.next_ready():
-                if self.outbox.move_next():
-                    sender.wake()
-                else:
-                    # A preview comes just before its step closes: alone it would hold the step up.
-                    asyncio.get_running_loop().call_later(PREVIEW_WAIT_S, sender.wake)
-                await asyncio.sleep(0)
+    def _move(self, sender: Sender) -> None:
+        while self.outbox.next_ready():
+            if self.outbox.move_next():
+                sender.wake()
             else:
-                await asyncio.sleep(DEVICE_POLL_S)
+                # A preview comes just before its step closes: alone it would hold the step up.
+                asyncio.get_running_loop().call_later(PREVIEW_WAIT_S, sender.wake)
+        if len(self.outbox):
+            return
         if not self.runs and not self._working:
             self.outbox.flush_lost()
             sender.wake()
@@ -195,9 +194,6 @@ class Link:
         self._lock = threading.Lock()
         self._channels: list[Channel] = []
         self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._bell: asyncio.Event | None = None
-        self._rung: asyncio.TimerHandle | None = None
 
     @property
     def alive(self) -> bool:
@@ -211,16 +207,13 @@ class Link:
             self._channels.append(channel)
 
     def ensure(self) -> None:
-        """There is something to do: wake the thread, starting it where there is none."""
+        """There is something to do: start the thread where there is none, else it will look."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._live, name="attnscope", daemon=True)
                 for channel in self._channels:
                     channel.busy_until = time.monotonic()
                 self._thread.start()
-            elif self._loop is not None:
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(self._ring_soon)
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread's end; whether it came in time. Not for the sampler's thread."""
@@ -229,19 +222,6 @@ class Link:
             thread.join(timeout)
         return not self.alive
 
-    def _ring_soon(self) -> None:
-        # At once, it would hold the interpreter while the sampler's thread still needs it: a step
-        # is handed over between two model calls. A moment later that thread waits in torch.
-        if self._rung is None and self._loop is not None:
-            self._rung = self._loop.call_later(HAND_OVER_S, self._ring)
-
-    def _ring(self) -> None:
-        self._rung = None
-        if self._bell is not None:
-            self._bell.set()
-        for channel in self._channels:
-            channel.ring()
-
     def _live(self) -> None:
         while True:
             try:
@@ -249,19 +229,14 @@ class Link:
             except Exception:
                 log.exception("AttnScope: the link to the server broke down")
             with self._lock:
-                self._loop = self._bell = self._rung = None
                 if not any(channel.has_work for channel in self._channels):
                     self._thread = None
                     return
 
     async def _serve(self) -> None:
-        bell = asyncio.Event()
-        with self._lock:
-            self._loop, self._bell = asyncio.get_running_loop(), bell
         tasks: dict[int, asyncio.Task[None]] = {}
         try:
             while True:
-                bell.clear()
                 with self._lock:
                     channels = list(self._channels)
                 for channel in channels:
@@ -277,8 +252,9 @@ class Link:
                 now = time.monotonic()
                 if all([channel.finished(now) for channel in channels]):
                     return
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(bell.wait(), timeout=QUIET_S / 4)
+                for channel in channels:
+                    channel.look()
+                await asyncio.sleep(LOOK_S)
         finally:
             for task in tasks.values():
                 task.cancel()

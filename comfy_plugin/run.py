@@ -101,6 +101,7 @@ class Run:
         self._tracker = tracker
         self._clock = clock
         self._order = [str(layer) for layer in info.layers]
+        self._places = {layer: place for place, layer in enumerate(self._order)}
         self._put = put
         self._interrupt = interrupt
         self._summary = report
@@ -134,13 +135,13 @@ class Run:
             return self._tracker.sigmas[0] if self._tracker.sigmas else None
         return self._tracker.sigma
 
-    @property
-    def measures(self) -> bool:
-        """Whether quality is sampled in the current step."""
-        settings = self.settings
-        samples = getattr(settings, "quality_samples", 0)
-        every = getattr(settings, "quality_every", 1)
-        return self._put is not None and samples > 0 and self.step % every == 0
+    def measures(self, layer: str) -> bool:
+        """Whether quality is sampled in the layer's calls of the current step."""
+        if self._put is None:
+            return False
+        # Layers that the model didn't announce come behind, as they are seen.
+        place = self._places.setdefault(layer, len(self._places))
+        return self.settings.measures(self.step, place)
 
     @property
     def needs_sigma(self) -> bool:

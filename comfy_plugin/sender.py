@@ -24,9 +24,10 @@ TIMEOUT = aiohttp.ClientTimeout(total=30, sock_connect=5)
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 5.0
 BATCH_GAP_S = 0.03
+"""Time between two batches where more waits than one of them holds."""
+
 UNPACKED_BYTES = 16 * 2**10
 """Up to here a request costs less time unpacked than it takes to pack it."""
-"""Least time between two batches: fast steps travel together instead of one by one."""
 
 _EVENT_FIELD = re.compile(r"\bevents[.\[](\d+)")
 
@@ -125,7 +126,8 @@ class Sender:
                 await self._more.wait()
                 continue
             if await self.send_some():
-                await asyncio.sleep(BATCH_GAP_S)
+                if not self.idle:
+                    await asyncio.sleep(BATCH_GAP_S)
             else:
                 await asyncio.sleep(self._pause)
                 self._pause = min(self._pause * 2, LONGEST_PAUSE_S)

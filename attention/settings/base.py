@@ -123,6 +123,20 @@ class VariantSettings(BaseModel):
         before, after = other.model_dump(mode="json"), self.model_dump(mode="json")
         return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
+    def measures(self, step: int, layer: int) -> bool:
+        """Whether a layer is measured at a step; settings that don't say so measure nothing.
+
+        Args:
+            step: index into the schedule, from 0.
+            layer: place among the model's layers, from 0.
+        """
+        return False
+
+
+LAYERS_TOGETHER = 8
+"""Layers that are measured at the same steps. A step that measures at all launches the operators
+of its statistics once, so that a few layers cost about as much as one."""
+
 
 class Measured(VariantSettings):
     """What every variant measures besides its own output."""
@@ -138,9 +152,11 @@ class Measured(VariantSettings):
         le=1024,
     )
     quality_every: int = setting(
-        1,
+        4,
         Group.QUALITY,
-        "Measure at every n-th step only. Steps between show no quality and no q·k statistics.",
+        "Measure each layer at every n-th step only: eight layers at one step, the next eight at "
+        "the next, and again from the first after n. Between, a layer shows no quality and no "
+        "q·k statistics; 1 measures every layer at every step.",
         unit="steps",
         ge=1,
         le=1000,
@@ -154,3 +170,8 @@ class Measured(VariantSettings):
         ge=0,
         le=2**31 - 1,
     )
+
+    def measures(self, step: int, layer: int) -> bool:
+        """Whether it is the layer's turn."""
+        turn = step - layer // LAYERS_TOGETHER
+        return self.quality_samples > 0 and turn % self.quality_every == 0

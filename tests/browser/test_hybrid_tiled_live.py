@@ -117,7 +117,7 @@ def test_the_radius_of_a_tiled_run_is_applied_and_its_picture_compared(
 ) -> None:
     how: dict[str, Any] = {"steps": STEPS, "seed": SEED, "size": TILED_SIZE}
     exact = stack.ended_run(stack.queue(demo_workflow(**how, node="AttnScopeMonitor")))
-    settings = {"min_tokens": 0, "window_radius": 0}
+    settings = {"min_tokens": 0, "window_radius": 0, "quality_every": 1}
     prompt = stack.queue(demo_workflow(**how, node="AttnScopeTiled", settings=settings))
     run_id = stack.run_of(prompt)["run_id"]
     page.goto(f"{stack.server_url}/runs/{run_id}")

@@ -35,6 +35,7 @@ def test_tuning_gates_and_bad_denominators_are_seen_with_their_reasons(
                 "taylor_layer_start": 1,
                 "auto_tune": True,
                 "auto_tune_candidates": 4,
+                "quality_every": 1,
                 "auto_tune_max_tokens": 128,
             },
         )

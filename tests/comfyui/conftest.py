@@ -86,6 +86,7 @@ def plugin(
     monkeypatch.setenv("ATTNSCOPE_URL", receiver.url)
     monkeypatch.setenv("ATTNSCOPE_LINGER_S", "1")
     monkeypatch.setattr(link, "QUIET_S", 0.05)
+    monkeypatch.setattr(link, "LOOK_S", 0.01)
     fresh = Plugin(tmp_path / "spool")
     monkeypatch.setattr(hooks, "get_plugin", lambda: fresh)
     yield fresh

@@ -240,7 +240,7 @@ def test_a_revision_is_taken_up_whole_at_a_step_s_beginning(
             steering.push({"taylor_block_type": "double", "quality_samples": 0}), "delivered"
         )
 
-    sample(acting(prepared("taylor", min_tokens=1), {1: push}), steps=6)
+    sample(acting(prepared("taylor", min_tokens=1, quality_every=1), {1: push}), steps=6)
     receiver.finished()
     applied = steering.reported(100, "applied")
     assert applied.step == 2

@@ -16,7 +16,7 @@ MEASURED = {"nmse", "cosine", "qk_std", "qk_p01", "qk_p50", "qk_p99", "q_norm", 
 
 
 def test_the_monitor_changes_no_bit(flux: Any, prepared: Any, receiver: Any) -> None:
-    assert torch.equal(sample(flux), sample(prepared("exact")))
+    assert torch.equal(sample(flux), sample(prepared("exact", quality_every=1)))
     receiver.finished()
     for step in receiver.steps():
         assert step.layers.path == ["exact"] * len(LAYERS)
@@ -24,11 +24,31 @@ def test_the_monitor_changes_no_bit(flux: Any, prepared: Any, receiver: Any) -> 
         assert not step.reasons
 
 
+def test_every_layer_is_measured_when_it_is_its_turn(
+    prepared: Any, receiver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnscope.attention.settings import base
+
+    # Four layers at steps 0 and 4, the other two at steps 1 and 5.
+    monkeypatch.setattr(base, "LAYERS_TOGETHER", 4)
+    sample(prepared("taylor", min_tokens=1), steps=6)
+    receiver.finished()
+    for step in receiver.steps():
+        wanted = {0: range(4), 1: range(4, 6)}.get(step.step % 4, range(0))
+        for name in MEASURED | {"log_mass_bias"}:
+            column = step.layers.metrics.get(name, [None] * len(LAYERS))
+            measured = [index for index, value in enumerate(column) if value is not None]
+            assert measured == list(wanted), (step.step, name)
+        assert None not in step.layers.metrics["attn_ms"]
+        assert step.layers.tokens_q == step.layers.tokens_k == [32] * len(LAYERS)
+
+
 def test_taylor_runs_where_its_gates_allow(flux: Any, prepared: Any, receiver: Any) -> None:
     plain = sample(flux)
     model = prepared(
-        "taylor", min_tokens=1, taylor_sigma_max=0.6, taylor_block_type="single", label="gated"
-    )
+        "taylor", min_tokens=1, taylor_sigma_max=0.6, taylor_block_type="single", label="gated",
+        quality_every=1,
+    )  # fmt: skip
     assert not torch.equal(plain, sample(model))
     started = receiver.finished()[0]
     assert started.variant == "taylor"

@@ -21,7 +21,7 @@ def test_it_samples_near_to_exact_and_reports_what_it_left_out(
     flux: Any, prepared: Any, receiver: Any
 ) -> None:
     exact = sample(flux, side=SIDE)
-    model = prepared("tiled", min_tokens=0, dense_first_steps=1)
+    model = prepared("tiled", min_tokens=0, dense_first_steps=1, quality_every=1)
     before = (state.of_model(flux), state.of_model(model))
     tiled = sample(model, side=SIDE)
     assert (state.of_model(flux), state.of_model(model)) == before

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from attnscope.attention import settings
 from attnscope.attention.reasons import DESCRIPTIONS, Fallback, Gate
 from attnscope.attention.registry import VARIANTS
 from attnscope.attention.settings import SETTINGS, TaylorSettings
+
+
+@given(every=st.integers(1, 12), layers=st.integers(1, 120), start=st.integers(0, 50))
+def test_every_layer_is_measured_once_in_a_round_of_steps(
+    every: int, layers: int, start: int
+) -> None:
+    chosen = SETTINGS["exact"](quality_every=every)
+    steps = range(start, start + every)
+    turns = [[chosen.measures(step, layer) for layer in range(layers)] for step in steps]
+    assert all(sum(layer) == 1 for layer in zip(*turns, strict=True))
+    # Eight at most are ahead: no step has to bear the work of the others.
+    loads = [sum(step) for step in turns]
+    assert max(loads) - min(loads) <= 8
+
+
+def test_without_samples_or_a_say_in_it_nothing_is_measured() -> None:
+    assert not SETTINGS["exact"](quality_samples=0).measures(0, 0)
+    assert not settings.VariantSettings().measures(0, 0)
 
 
 def test_every_variant_has_its_settings_and_the_other_way_round() -> None:
