@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from .triton_cubic_plan import BLOCK, MASS_COLUMNS, CubicConfig, cubic_layout
+from .triton_cubic_plan import BLOCK, MASS_COLUMNS, CubicConfig, check_cubic, cubic_layout
 from .triton_plan import Division, padded, split_count
 from .triton_support import kernels, multiprocessors
 
@@ -145,6 +145,7 @@ def read(
     division: Division | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Phase B: the sums applied to queries; arguments and results as in `triton_full.read`."""
+    check_cubic(config)
     batch, heads, tokens, head_dim = query.shape
     tables = _tables(head_dim, value_dim, config.chunk, query.device)
     tiles, chunk, lifts = tables.weights.shape

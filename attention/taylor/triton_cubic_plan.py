@@ -71,6 +71,20 @@ def cubic_config(head_dim: int, shared_memory: int) -> CubicConfig | None:
     return None
 
 
+def check_cubic(config: CubicConfig) -> None:
+    """Refuse options that compile to wrong code.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+    if config.read_stages < 2:
+        # Seen with Triton 3.6 on an H200: addresses that don't exist.
+        raise ValueError(
+            f"read_stages: {config.read_stages} is not allowed for P 4 in 16 bits; "
+            "allowed: 2 or more"
+        )
+
+
 def lifts(value_dim: int) -> int:
     """Coordinates by which one tile lifts: 256 columns of values where a block has them."""
     return min(BLOCK, max(1, _COLUMNS // padded(value_dim)))

@@ -7,7 +7,7 @@ of a tile, DV padded value_dim. Offsets that grow with tokens or heads are int64
 import triton
 import triton.language as tl
 
-from .triton_numeric import dot, narrow, times
+from .triton_numeric import dot, narrow
 
 
 @triton.jit
@@ -88,9 +88,10 @@ def build_kernel(
 
     if WIDE:
         acc = tl.zeros([DV, L * KC], dtype=tl.float32)
+        column_sums = tl.zeros([BT, DV], dtype=tl.float32)
     else:
         acc = tl.zeros([L * DV, KC], dtype=tl.float32)
-    column_sums = tl.zeros([BT, DV], dtype=tl.float32)
+        column_sums = tl.zeros([BT, L * DV], dtype=tl.float32)
     begin = i_split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, tokens)
     for start in range(begin, end, BT):
@@ -102,15 +103,16 @@ def build_kernel(
                 # 0 · NaN is NaN: a masked key is never read. Loads that wait for the weight
                 # can't be pipelined, so this is left out where nothing can be NaN.
                 live = live & (w != 0.0)
-        # All loads stand before the first product, which hides their latency. Three dimensions
-        # from the start give each thread whole vectors of what it lifts.
-        o_value = (o_t[:, None] * v_n + o_v[None, :])[:, None, :]
-        inside = (live[:, None] & (o_v < value_dim)[None, :])[:, None, :]
-        v = tl.load(p_value + o_value, mask=inside, other=0.0).to(tl.float32)  # [BT, 1, DV]
+        v = tl.load(
+            p_value + o_t[:, None] * v_n + o_v[None, :],
+            mask=live[:, None] & (o_v < value_dim)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        # All loads stand before the first product, which hides their latency.
         if LIFTED:
             k_lift = tl.load(
-                p_key + (o_t[:, None] * k_n + o_l[None, :])[:, :, None],
-                mask=(live[:, None] & (o_l < head_dim)[None, :])[:, :, None],
+                p_key + o_t[:, None] * k_n + o_l[None, :],
+                mask=live[:, None] & (o_l < head_dim)[None, :],
                 other=0.0,
             ).to(tl.float32)
         if PAIRS:
@@ -129,7 +131,6 @@ def build_kernel(
             )
             base = narrow(base.to(tl.float32), OPERAND)
         if WIDE:
-            v = tl.reshape(v, [BT, DV])
             features = base.to(tl.float32)
             if WEIGHTED:
                 features = features * w[:, None]
@@ -137,18 +138,19 @@ def build_kernel(
                 # Added up over rows only once: a reduction makes warps wait for each other.
                 column_sums += v * w[:, None] if WEIGHTED else v
             if LIFTED:
-                features = tl.reshape(k_lift * features[:, None, :], [BT, L * KC])
+                features = tl.reshape(k_lift[:, :, None] * features[:, None, :], [BT, L * KC])
             acc = dot(tl.trans(narrow(v, OPERAND)), narrow(features, OPERAND), acc, PRECISION)
         else:
             if WEIGHTED:
-                v = v * w[:, None, None]
-            if COLUMN_SUM:
-                column_sums += tl.reshape(v, [BT, DV])
-            v = narrow(v, OPERAND)
+                v = v * w[:, None]
+                if FINITE:
+                    # A product of two values of the operands' dtype is half the work.
+                    v = narrow(v, OPERAND).to(tl.float32)
             if LIFTED:
-                v = times(narrow(k_lift, OPERAND), v)
-            v = tl.reshape(v, [BT, L * DV])
-            acc = dot(tl.trans(v), base, acc, PRECISION)
+                v = tl.reshape(k_lift[:, :, None] * v[:, None, :], [BT, L * DV])
+            if COLUMN_SUM:
+                column_sums += v
+            acc = dot(tl.trans(narrow(v, OPERAND)), base, acc, PRECISION)
 
     tiles = tl.num_programs(0)
     row = (i_split * tl.num_programs(1) + i_bh) * tiles + i_tile

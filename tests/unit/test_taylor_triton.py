@@ -163,7 +163,7 @@ def test_cubic_tiles_hold_every_monomial_up_to_degree_3_once(head_dim, value_dim
             ones = layout.ones[table, :, row].tolist()
             # A factor is one coordinate or 1; where a chunk is padded it is nothing.
             assert all(len(p) + one in (0, 1) for p, one in zip(picked, ones, strict=True))
-            coordinates[table, row] = sum(picked, [])
+            coordinates[table, row] = [*picked[0], *picked[1]]
     found = {}
     for tile, weights in enumerate(layout.weights):
         group = tile // layout.chunks

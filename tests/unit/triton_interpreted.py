@@ -12,7 +12,13 @@ import math
 import pytest
 import torch
 
-from attnscope.attention.taylor import kernel, triton_cubic, triton_full, triton_stream
+from attnscope.attention.taylor import (
+    kernel,
+    triton_cubic,
+    triton_full,
+    triton_project,
+    triton_stream,
+)
 from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.paths import TritonSums, pick
 from attnscope.attention.taylor.triton_cubic_plan import CubicConfig, cubic_config
@@ -220,7 +226,7 @@ SMALL = CubicConfig(chunk=64, block_t=32, block_m=64, columns=64, build_warps=4,
 
 @pytest.mark.parametrize(
     ("head_dim", "value_dim", "config"),
-    [(32, 32, SMALL), (24, 128, SMALL), (32, 128, CubicConfig()), (8, 40, CubicConfig())],
+    [(24, 24, SMALL), (16, 80, CubicConfig()), (8, 40, CubicConfig())],
 )
 def test_cubic_tiles_do_not_change_the_result(head_dim, value_dim, config):
     query, key, value = tensors(head_dim, value_dim, torch.bfloat16)
@@ -328,12 +334,34 @@ def test_tile_sizes_that_compile_to_wrong_code_are_refused():
     triton_full.sums(query, key, value, 3, config=config)
     with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
         triton_full.sums(query, key, value, 3, config=FullConfig(lifts=8, build_lifts=4))
+    with pytest.raises(ValueError, match="read_stages: 1 is not allowed"):
+        triton_full.sums(query, key, value, 4, config=CubicConfig(read_stages=1))
     wrong = FullConfig(chunk=64, lifts=8, read_warps=8)
     with pytest.raises(ValueError, match="lifts: 8 is not allowed with chunk 64 and read_warps 8"):
         triton_full.sums(query, key, value, 3, config=wrong)
     for head_dim, value_dim in ((8, 16), (32, 32), (64, 128), (64, 20)):
         config = default_config(head_dim, value_dim, 4, torch.bfloat16)
         check_config(config, head_dim, value_dim, 4, torch.bfloat16)
+
+
+def test_moments_may_be_split_over_the_samples(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(1, 2, 400, 16, generator=generator) + 0.5 for _ in range(2))
+    means = [x.mean(2).flatten(0, 1) for x in (query, key)]
+
+    def found():
+        a, b = triton_project.factors(
+            query, key, 4, query_mean=means[0], key_mean=means[1], query_root=0.7,
+            key_root=0.7, parts=1,
+        )  # fmt: skip
+        return a @ b.transpose(1, 2)
+
+    split = found()
+    monkeypatch.setattr(triton_project, "_SPLITS", 1)
+    whole = found()
+    # The order of the sums differs, so their last bits do.
+    assert not torch.equal(split, whole)
+    assert nmse(split, whole) <= 1e-9
 
 
 @pytest.mark.parametrize(
