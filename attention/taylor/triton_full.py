@@ -209,12 +209,7 @@ def chosen_config(
 ) -> FullConfig | CubicConfig:
     """Tile sizes for these shapes, which choose the kernels too.
 
-    Args:
-        head_dim: d.
-        value_dim: Dv.
-        terms: P.
-        dtype: of the input.
-        shared_memory: bytes of it that the GPU gives a program.
+    ``shared_memory`` is in bytes, what the GPU gives a program.
     """
     cubic = None
     if terms == 4 and operand_dtype(dtype) != torch.float32:
