@@ -71,6 +71,8 @@ CASES = (
     Case("full", 3, Options()),
     Case("full", 3, Options(feature_projection=32)),
     Case("full", 4, INDEPENDENT, dtype=torch.float32),
+    Case("full", 4, INDEPENDENT),
+    Case("full", 4, SHARED),
 )
 
 

@@ -296,8 +296,9 @@ def run_group(name: str) -> int:
         if not name.startswith("shared"):
             measure(case, "whole", tokens, whole_call(case, *whole_inputs(tokens, tokens)), None)
         torch.cuda.empty_cache()
-    for kernel in ("build_kernel", "read_kernel"):
-        usage = spills("triton_full_kernels", kernel)
+    module, prefix = ("full", "") if case.terms < 4 else ("cubic", "cubic_")
+    for kernel in (f"{prefix}build_kernel", f"{prefix}read_kernel"):
+        usage = spills(f"triton_{module}_kernels", kernel)
         print(f"{kernel}: registers/spills/shared {usage}", flush=True)
     return 0 if good else 1
 

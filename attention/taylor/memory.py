@@ -18,7 +18,7 @@ from .plan import make_plan, stages
 from .projection import SAMPLES
 from .triton_memory import full_memory_bytes, streaming_memory_bytes
 from .triton_stream import StreamConfig
-from .triton_support import multiprocessors, operand_dtype
+from .triton_support import multiprocessors, operand_dtype, shared_memory
 
 
 class Shape(NamedTuple):
@@ -115,7 +115,7 @@ def _triton_sums_bytes(
     if path == "full":
         working = full_memory_bytes(
             group, queries, keys, width, columns, terms, dtype,
-            processors=multiprocessors(device),
+            processors=multiprocessors(device), shared_memory=shared_memory(device),
         )  # fmt: skip
     else:
         working = streaming_memory_bytes(
@@ -146,7 +146,8 @@ def _whole_bytes(
     prepared = whole.whole_bytes(queries, keys, head_dim, value_dim, options)
     return at_a_time * prepared + full_memory_bytes(
         at_a_time * parts, queries, keys, options.feature_width(head_dim), value_dim // parts,
-        terms, dtype, processors=multiprocessors(device), divided=True,
+        terms, dtype, processors=multiprocessors(device), shared_memory=shared_memory(device),
+        divided=True,
     )  # fmt: skip
 
 

@@ -13,7 +13,11 @@ from functools import lru_cache
 
 import torch
 
+from . import triton_cubic
+from .triton_cubic import CubicStatistics
+from .triton_cubic_plan import CubicConfig, cubic_config
 from .triton_plan import (
+    Division,
     FullConfig,
     base_layout,
     check_config,
@@ -23,6 +27,7 @@ from .triton_plan import (
     pair_coordinates,
     refusal,
     selection,
+    split_count,
 )
 from .triton_support import (
     check_inputs,
@@ -31,17 +36,8 @@ from .triton_support import (
     multiprocessors,
     operand_dtype,
     rows_contiguous,
+    shared_memory,
 )
-
-_MIN_KEYS_PER_SPLIT = 512
-_PROGRAMS_PER_PROCESSOR = 8
-"""Enough that the loads of one hide behind the products of others."""
-
-
-def split_count(programs: int, tokens: int, processors: int) -> int:
-    """Splits over keys that give each multiprocessor a few programs, none of them tiny."""
-    wanted = math.ceil(_PROGRAMS_PER_PROCESSOR * processors / programs)
-    return max(1, min(wanted, tokens // _MIN_KEYS_PER_SPLIT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +204,28 @@ def _triton_dtype(dtype: torch.dtype) -> object:
     return language.float32 if dtype == torch.float32 else language.bfloat16
 
 
+def chosen_config(
+    head_dim: int, value_dim: int, terms: int, dtype: torch.dtype, shared_memory: int
+) -> FullConfig | CubicConfig:
+    """Tile sizes for these shapes, which choose the kernels too.
+
+    ``shared_memory`` is in bytes, what the GPU gives a program.
+    """
+    cubic = None
+    if terms == 4 and operand_dtype(dtype) != torch.float32:
+        cubic = cubic_config(head_dim, shared_memory)
+    return cubic or default_config(head_dim, value_dim, terms, dtype)
+
+
 def build(
     key: torch.Tensor,
     value: torch.Tensor,
     terms: int,
     *,
     weights: torch.Tensor | None,
-    config: FullConfig,
+    config: FullConfig | CubicConfig,
     finite: bool = False,
-) -> FullStatistics:
+) -> FullStatistics | CubicStatistics:
     """Phase A: sums over keys.
 
     Args:
@@ -227,6 +236,8 @@ def build(
         config: tile sizes.
         finite: that key and value hold no NaN or infinity, also where the weight is 0.
     """
+    if isinstance(config, CubicConfig):
+        return triton_cubic.build(key, value, weights=weights, config=config, finite=finite)
     batch, heads, tokens, head_dim = key.shape
     tables = _tables(head_dim, terms, config, operand_dtype(key.dtype), key.device)
     builder = _Builder(key, weights, tables, config, finite)
@@ -246,39 +257,23 @@ def build(
     return FullStatistics(s_0, s_1, s_2, s_top, z_0, z_1, z_2, z_3)
 
 
-@dataclass(frozen=True, slots=True)
-class Division:
-    """Where the read leaves finished attention in place of sums.
-
-    Attributes:
-        out: ``[B, H, Nq, D]``, written in its own dtype and strides; D holds the slices of a head
-            side by side.
-        value_mean: ``[BH · parts, Dv]`` fp32, added after the division.
-        parts: slices of a head.
-        eps: least denominator by which is divided, relative to the sum of the weights.
-        round_denominators: to the dtype of ``out``, before they are tested and divided by.
-    """
-
-    out: torch.Tensor
-    value_mean: torch.Tensor
-    parts: int
-    eps: float
-    round_denominators: bool
-
-
 def read(
     query: torch.Tensor,
-    statistics: FullStatistics,
+    statistics: FullStatistics | CubicStatistics,
     terms: int,
     value_dim: int,
     *,
-    config: FullConfig,
+    config: FullConfig | CubicConfig,
     division: Division | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Phase B: the sums applied to queries; arguments and results as in `sums`.
 
     With ``division``, its ``out`` and the denominators over the sum of the weights.
     """
+    if isinstance(config, CubicConfig):
+        assert isinstance(statistics, CubicStatistics)
+        return triton_cubic.read(query, statistics, value_dim, config=config, division=division)
+    assert isinstance(statistics, FullStatistics)
     batch, heads, tokens, head_dim = query.shape
     operand = operand_dtype(query.dtype)
     tables = _tables(head_dim, terms, config, operand, query.device)
@@ -361,7 +356,7 @@ def sums(
     terms: int,
     *,
     weights: torch.Tensor | None = None,
-    config: FullConfig | None = None,
+    config: FullConfig | CubicConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator and denominator of attention with exp cut below degree ``terms``.
 
@@ -392,8 +387,11 @@ def sums(
     if terms == 1:
         return _constant(query, value, weights)
     query, key, value = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
-    config = config or default_config(query.shape[3], value.shape[3], terms, query.dtype)
-    check_config(config, query.shape[3], value.shape[3], terms, operand_dtype(query.dtype))
+    config = config or chosen_config(
+        query.shape[3], value.shape[3], terms, query.dtype, shared_memory(query.device)
+    )
+    if isinstance(config, FullConfig):
+        check_config(config, query.shape[3], value.shape[3], terms, operand_dtype(query.dtype))
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):
         statistics = build(key, value, terms, weights=weights, config=config)
         return read(query, statistics, terms, value.shape[3], config=config)

@@ -11,8 +11,9 @@ import math
 import torch
 
 from .features import degree_dim, feature_dim
-from .triton_full import split_count
-from .triton_plan import FullConfig, default_config, lifted_rows, padded
+from .triton_cubic_plan import MASS_COLUMNS, CubicConfig, cubic_layout
+from .triton_full import chosen_config
+from .triton_plan import FullConfig, lifted_rows, padded, split_count
 from .triton_stream import StreamConfig, chunk_features, value_columns
 from .triton_support import operand_dtype
 
@@ -33,7 +34,8 @@ def full_memory_bytes(
     dtype: torch.dtype,
     *,
     processors: int = 132,
-    config: FullConfig | None = None,
+    shared_memory: int = 227 * 1024,
+    config: FullConfig | CubicConfig | None = None,
     divided: bool = False,
 ) -> int:
     """Peak of what `triton_full.sums` allocates, in bytes.
@@ -50,6 +52,7 @@ def full_memory_bytes(
         terms: P, 1 to 4.
         dtype: of the input.
         processors: the GPU's multiprocessors, on which the split over keys depends.
+        shared_memory: bytes of it that the GPU gives a program, on which tile sizes depend.
         config: tile sizes; None for those that `triton_full.sums` chooses.
         divided: the read writes finished attention into the caller's tensor, so that of the
             results only denominators count.
@@ -58,8 +61,13 @@ def full_memory_bytes(
     if terms == 1:
         # Values in fp32, and again with their weights.
         return results + 2 * batch_heads * keys * value_dim * _FP32
-    config = config or default_config(head_dim, value_dim, terms, dtype)
+    config = config or chosen_config(head_dim, value_dim, terms, dtype, shared_memory)
     operand = operand_dtype(dtype).itemsize
+    if isinstance(config, CubicConfig):
+        tiles, chunk, lifts = cubic_layout(head_dim, value_dim, config.chunk).weights.shape
+        elements = batch_heads * tiles * chunk * (lifts * padded(value_dim) + MASS_COLUMNS)
+        splits = split_count(tiles * batch_heads, keys, processors)
+        return elements * operand + max(splits * elements * _FP32, results)
     held, peak = 0, 0
 
     def build(tiles: int, rows: int, columns: int) -> None:

@@ -24,3 +24,11 @@ def narrow(x, DTYPE: tl.constexpr):
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def times(a, b):
+    """Product of two values of one dtype in that dtype, rounded to nearest even."""
+    if INTERPRETED:
+        return narrow(a.to(tl.float32) * b.to(tl.float32), a.dtype)
+    return a * b

@@ -56,9 +56,40 @@ class FullConfig:
     read_stages: int = 3
 
 
+_MIN_KEYS_PER_SPLIT = 512
+_PROGRAMS_PER_PROCESSOR = 8
+"""Enough that the loads of one hide behind the products of others."""
+
+
+def split_count(programs: int, tokens: int, processors: int) -> int:
+    """Splits over keys that give each multiprocessor a few programs, none of them tiny."""
+    wanted = math.ceil(_PROGRAMS_PER_PROCESSOR * processors / programs)
+    return max(1, min(wanted, tokens // _MIN_KEYS_PER_SPLIT))
+
+
 def padded(size: int) -> int:
     """The next power of two, at least 16: what a tile of that many columns occupies."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Where the read leaves finished attention in place of sums.
+
+    Attributes:
+        out: ``[B, H, Nq, D]``, written in its own dtype and strides; D holds the slices of a head
+            side by side.
+        value_mean: ``[BH · parts, Dv]`` fp32, added after the division.
+        parts: slices of a head.
+        eps: least denominator by which is divided, relative to the sum of the weights.
+        round_denominators: to the dtype of ``out``, before they are tested and divided by.
+    """
+
+    out: torch.Tensor
+    value_mean: torch.Tensor
+    parts: int
+    eps: float
+    round_denominators: bool
 
 
 def check_config(
@@ -80,6 +111,16 @@ def check_config(
         raise ValueError(
             f"build_lifts: {config.build_lifts} is not allowed; "
             f"allowed: multiples of lifts, {config.lifts}"
+        )
+    if (
+        dtype != torch.float32
+        and config.lifts >= 8
+        and min(config.chunk, config.read_warps * 8) >= 64
+    ):
+        # Seen with Triton 3.6 on an H200: the read gives wrong numbers.
+        raise ValueError(
+            f"lifts: {config.lifts} is not allowed with chunk {config.chunk} and read_warps "
+            f"{config.read_warps}; allowed: up to 4, or chunk up to 32, or read_warps up to 4"
         )
     most = min(padded(head_dim), padded(value_dim), 64)
     if terms >= 4 and dtype != torch.float32 and config.chunk > most:

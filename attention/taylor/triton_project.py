@@ -1,10 +1,12 @@
-"""`projection.factors` in Triton: one launch per moment and one for all iterations.
+"""`projection.factors` in Triton: two launches per moment and one for all iterations.
 
 In torch they are some hundred small launches, which take a GPU's host longer than everything
 else of a call together.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -16,6 +18,7 @@ from .triton_support import kernels
 MAX_WIDTH = 128
 MAX_RANK = 64
 _BLOCK_T = 32
+_SPLITS = 8
 
 
 def _moment(
@@ -30,16 +33,26 @@ def _moment(
     batch, heads, tokens, head_dim = x.shape
     width = head_dim // parts
     size = padded(width)
-    moment = x.new_empty(batch * heads * parts, size, size, dtype=torch.float32)
+    rows, samples = batch * heads * parts, min(tokens, SAMPLES)
+    # Few heads alone leave most of a GPU idle.
+    splits = max(1, min(_SPLITS, samples // (4 * _BLOCK_T)))
+    per_split = math.ceil(samples / (splits * _BLOCK_T)) * _BLOCK_T
+    splits = math.ceil(samples / per_split)
+    partial = x.new_empty(splits, rows, size, size, dtype=torch.float32)
+    tops = x.new_empty(splits, rows, dtype=torch.float32)
+    moment = x.new_empty(rows, size, size, dtype=torch.float32)
     sampled = tokens > SAMPLES
-    kernels("triton_project_kernels").moment_kernel[(batch * heads * parts,)](
+    module = kernels("triton_project_kernels")
+    module.moment_kernel[(rows, splits)](
         x,
         mean if mean is not None else x,
         other_mean if other_mean is not None else x,
         sampled_indices(tokens, SAMPLES, 0, x.device) if sampled else x,
-        moment,
+        partial,
+        tops,
         heads,
-        min(tokens, SAMPLES),
+        samples,
+        per_split,
         width,
         root,
         other_root,
@@ -53,6 +66,7 @@ def _moment(
         PRECISION=precision(x.dtype),
         num_warps=8,
     )
+    module.moment_sum_kernel[(rows,)](partial, tops, moment, splits, W=size, num_warps=8)
     return moment
 
 

@@ -35,9 +35,11 @@ def moment_kernel(
     mean,
     other_mean,
     indices,
-    moment,
+    partial,
+    tops,
     heads,
     samples,
+    samples_per_split,
     width,
     root,
     other_root,
@@ -52,45 +54,68 @@ def moment_kernel(
     SAMPLED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """moment[bh, part] = Σ w x xᵀ of one slice's samples, over its trace, regularised: [W, W].
+    """partial[split, bh, part] = Σ w x xᵀ of some of one slice's samples, [W, W].
 
-    The weights are exp(x · other_mean) with WEIGHTED, else 1; a common factor does not count.
+    The weights are exp(x · other_mean - top) with WEIGHTED, with the split's own top in tops, else
+    1 and 0.
     """
+    i_row = tl.program_id(0).to(tl.int64)
     i_part = tl.program_id(0) % PARTS
-    i_bh = (tl.program_id(0) // PARTS).to(tl.int64)
+    i_bh = i_row // PARTS
     o_w = tl.arange(0, W)
     inside = o_w < width
     column = i_part * width + o_w
     p_x = x + i_bh // heads * x_b + i_bh % heads * x_h
     o_mean = i_bh * (PARTS * width) + column
+    begin = tl.program_id(1) * samples_per_split
+    end = tl.minimum(begin + samples_per_split, samples)
     centre = tl.zeros([W], dtype=tl.float32)
     if CENTRE:
         centre = tl.load(mean + o_mean, mask=inside, other=0.0)
     other = tl.zeros([W], dtype=tl.float32)
-    top = float("-inf")
+    top = 0.0
     if WEIGHTED:
+        top = float("-inf")
         other = tl.load(other_mean + o_mean, mask=inside, other=0.0) * other_root
-        for start in range(0, samples, BT):
+        for start in range(begin, end, BT):
             rows, live = _sampled(
-                p_x, indices, start, samples, column, inside, centre, root, x_n, BT, SAMPLED
+                p_x, indices, start, end, column, inside, centre, root, x_n, BT, SAMPLED
             )
             exponent = tl.where(live, tl.sum(rows * other[None, :], axis=1), float("-inf"))
             top = tl.maximum(top, tl.max(exponent, axis=0))
     acc = tl.zeros([W, W], dtype=tl.float32)
-    for start in range(0, samples, BT):
+    for start in range(begin, end, BT):
         rows, live = _sampled(
-            p_x, indices, start, samples, column, inside, centre, root, x_n, BT, SAMPLED
+            p_x, indices, start, end, column, inside, centre, root, x_n, BT, SAMPLED
         )
         left = rows
         if WEIGHTED:
             weight = tl.exp(tl.sum(rows * other[None, :], axis=1) - top)
             left = rows * tl.where(live, weight, 0.0)[:, None]
         acc = dot(tl.trans(left), rows, acc, PRECISION)
+    row = tl.program_id(1) * tl.num_programs(0) + i_row
+    tl.store(partial + (row * W + o_w)[:, None] * W + o_w[None, :], acc)
+    tl.store(tops + row, top)
+
+
+@triton.jit
+def moment_sum_kernel(partial, tops, moment, splits, W: tl.constexpr):
+    """moment[bh, part] = Σ_split exp(top) partial, over its trace, regularised: [W, W]."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_w = tl.arange(0, W)
+    o_square = o_w[:, None] * W + o_w[None, :]
+    top = float("-inf")
+    for i_split in range(splits):
+        top = tl.maximum(top, tl.load(tops + i_split * tl.num_programs(0) + i_row))
+    acc = tl.zeros([W, W], dtype=tl.float32)
+    for i_split in range(splits):
+        row = i_split * tl.num_programs(0) + i_row
+        # A common factor does not count.
+        acc += tl.exp(tl.load(tops + row) - top) * tl.load(partial + row * W * W + o_square)
     diagonal = o_w[:, None] == o_w[None, :]
     trace = tl.sum(tl.sum(tl.where(diagonal, acc, 0.0), axis=1), axis=0)
     acc = acc / tl.maximum(trace, TINY) + tl.where(diagonal, 10.0 * EPS, 0.0)
-    i_row = i_bh * PARTS + i_part
-    tl.store(moment + (i_row * W + o_w)[:, None] * W + o_w[None, :], acc)
+    tl.store(moment + i_row * W * W + o_square, acc)
 
 
 @triton.jit

@@ -61,6 +61,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have; those of an H100 in the interpreter."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return int(
+        getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    )
+
+
 def check_inputs(
     query: torch.Tensor,
     key: torch.Tensor,

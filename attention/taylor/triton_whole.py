@@ -12,10 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from .triton_full import Division, build, read
-from .triton_plan import FullConfig, check_config, default_config, padded
+from .triton_cubic_plan import CubicConfig
+from .triton_full import build, chosen_config, read
+from .triton_plan import Division, FullConfig, check_config, padded
 from .triton_project import MAX_RANK, MAX_WIDTH, factors, precision
-from .triton_support import interpreted, kernels, operand_dtype, rows_contiguous
+from .triton_support import (
+    interpreted,
+    kernels,
+    operand_dtype,
+    rows_contiguous,
+    shared_memory,
+)
 
 _BLOCK_T = 64
 
@@ -121,7 +128,7 @@ def attention(
     round_denominators: bool,
     eps: float,
     out: torch.Tensor,
-    config: FullConfig | None = None,
+    config: FullConfig | CubicConfig | None = None,
 ) -> torch.Tensor:
     """Attention with exp cut below degree ``terms``, of independent slices of heads.
 
@@ -150,8 +157,11 @@ def attention(
     batch, heads, _, head_dim = query.shape
     value_dim = value.shape[3] // parts
     width = rank or head_dim // parts
-    config = config or default_config(width, value_dim, terms, query.dtype)
-    check_config(config, width, value_dim, terms, operand_dtype(query.dtype))
+    config = config or chosen_config(
+        width, value_dim, terms, query.dtype, shared_memory(query.device)
+    )
+    if isinstance(config, FullConfig):
+        check_config(config, width, value_dim, terms, operand_dtype(query.dtype))
     root = (abs(scale) * parts**0.5) ** 0.5
     query_root = root if scale >= 0 else -root
     with torch.cuda.device(query.device if query.is_cuda and not interpreted() else -1):

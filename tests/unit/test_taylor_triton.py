@@ -13,6 +13,7 @@ from support.triton_interpreter import run_interpreted
 from attnscope.attention.sums_paths import NAMES, SumsPath, TiledPath
 from attnscope.attention.taylor.dispatch import MIN_TOKENS, choose
 from attnscope.attention.taylor.multisets import unrank
+from attnscope.attention.taylor.triton_cubic_plan import BLOCK, cubic_layout
 from attnscope.attention.taylor.triton_plan import base_layout, lift_layout, selection
 
 CPU = torch.device("cpu")
@@ -148,3 +149,39 @@ def test_every_code_has_a_name_and_a_better_path_a_higher_number():
 def test_unknown_path_is_refused():
     with pytest.raises(ValueError, match=r"taylor_path: unknown value 'fast'; allowed: auto"):
         choice("fast")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "most"), [(5, 16, 64), (20, 128, 64), (32, 32, 128)]
+)
+def test_cubic_tiles_hold_every_monomial_up_to_degree_3_once(head_dim, value_dim, most):
+    layout = cubic_layout(head_dim, value_dim, most)
+    coordinates = {}
+    for table, factors in enumerate(layout.chosen):
+        for row in range(factors.shape[1]):
+            picked = [factors[side, row].nonzero().flatten().tolist() for side in range(2)]
+            ones = layout.ones[table, :, row].tolist()
+            # A factor is one coordinate or 1; where a chunk is padded it is nothing.
+            assert all(len(p) + one in (0, 1) for p, one in zip(picked, ones, strict=True))
+            coordinates[table, row] = [*picked[0], *picked[1]]
+    found = {}
+    for tile, weights in enumerate(layout.weights):
+        group = tile // layout.chunks
+        block = group * layout.lifts // BLOCK
+        for row, lift in weights.nonzero().tolist():
+            feature = coordinates[block * layout.chunks + tile % layout.chunks, row]
+            monomial = tuple(sorted((*feature, group * layout.lifts + lift)))
+            assert monomial not in found
+            found[monomial] = float(weights[row, lift])
+    wanted = {
+        monomial
+        for degree in (1, 2, 3)
+        for monomial in itertools.combinations_with_replacement(range(head_dim), degree)
+    }
+    assert set(found) == wanted
+    for monomial, weight in found.items():
+        assert weight == pytest.approx(inverse_factorial(monomial))
+    for block in range(len(layout.chosen) // layout.chunks):
+        for chunk in range(layout.common):
+            assert torch.equal(layout.chosen[block * layout.chunks + chunk], layout.chosen[chunk])
+            assert not layout.ones[block * layout.chunks + chunk].any()

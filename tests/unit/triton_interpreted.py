@@ -12,12 +12,23 @@ import math
 import pytest
 import torch
 
-from attnscope.attention.taylor import kernel, triton_full, triton_stream
+from attnscope.attention.taylor import (
+    kernel,
+    triton_cubic,
+    triton_full,
+    triton_project,
+    triton_stream,
+)
 from attnscope.attention.taylor.attend import Options, taylor_attention
 from attnscope.attention.taylor.paths import TritonSums, pick
-from attnscope.attention.taylor.triton_full import split_count
+from attnscope.attention.taylor.triton_cubic_plan import CubicConfig, cubic_config
 from attnscope.attention.taylor.triton_memory import full_memory_bytes, streaming_memory_bytes
-from attnscope.attention.taylor.triton_plan import FullConfig, check_config, default_config
+from attnscope.attention.taylor.triton_plan import (
+    FullConfig,
+    check_config,
+    default_config,
+    split_count,
+)
 from attnscope.attention.taylor.triton_stream import StreamConfig
 
 BOUND = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -200,6 +211,52 @@ def test_memory_of_the_fully_fused_path_covers_what_it_holds():
     assert estimate == sum(part.numel() * 2 for part in parts) + partial
 
 
+def test_memory_of_the_cubic_kernels_covers_what_they_hold():
+    query, key, value = tensors(32, 32, torch.bfloat16)
+    held = triton_full.build(key, value, 4, weights=None, config=CubicConfig())
+    elements = held.sums.numel() + held.masses.numel()
+    estimate = full_memory_bytes(
+        1, query.shape[2], key.shape[2], 32, 32, 4, torch.bfloat16, processors=1
+    )
+    assert estimate == elements * 2 + elements * 4
+
+
+SMALL = CubicConfig(chunk=64, block_t=32, block_m=64, columns=64, build_warps=4, read_warps=4)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "config"),
+    [(24, 24, SMALL), (16, 80, CubicConfig()), (8, 40, CubicConfig())],
+)
+def test_cubic_tiles_do_not_change_the_result(head_dim, value_dim, config):
+    query, key, value = tensors(head_dim, value_dim, torch.bfloat16)
+    found = triton_full.sums(query, key, value, 4, config=config)
+    assert_close(found, reference(query, key, value, 4), torch.bfloat16)
+
+
+def test_cubic_sums_leave_masked_keys_alone_and_may_be_split(monkeypatch):
+    query, key, value = tensors(16, 16, torch.bfloat16, keys=200, heads=2)
+    weights = torch.rand(1, 2, 200) + 0.1
+    weights[..., 3:11] = 0
+    wanted = reference(query, key, value, 4, weights)
+    key[:, :, 3:11] = float("nan")
+    value[:, :, 3:11] = float("inf")
+    assert_close(triton_full.sums(query, key, value, 4, weights=weights), wanted, torch.bfloat16)
+    monkeypatch.setattr(triton_cubic, "split_count", lambda *_: 3)
+    assert_close(triton_full.sums(query, key, value, 4, weights=weights), wanted, torch.bfloat16)
+
+
+def test_cubic_tiles_fit_the_shared_memory_of_the_gpu():
+    assert cubic_config(32, 227 * 1024) == CubicConfig()
+    smaller = cubic_config(32, 99 * 1024)
+    assert smaller is not None and smaller.chunk < CubicConfig().chunk
+    assert cubic_config(64, 227 * 1024) == smaller
+    assert cubic_config(32, 64 * 1024) is None
+    chosen = triton_full.chosen_config(32, 32, 4, torch.bfloat16, 64 * 1024)
+    assert chosen == default_config(32, 32, 4, torch.bfloat16)
+    assert isinstance(triton_full.chosen_config(32, 32, 4, torch.float32, 2**20), FullConfig)
+
+
 def test_memory_of_the_streaming_path_does_not_grow_with_the_feature_dimension():
     small, large = (
         streaming_memory_bytes(24, 4608, 128, 128, terms, torch.bfloat16) for terms in (4, 5)
@@ -277,9 +334,34 @@ def test_tile_sizes_that_compile_to_wrong_code_are_refused():
     triton_full.sums(query, key, value, 3, config=config)
     with pytest.raises(ValueError, match="build_lifts: 4 is not allowed"):
         triton_full.sums(query, key, value, 3, config=FullConfig(lifts=8, build_lifts=4))
+    with pytest.raises(ValueError, match="read_stages: 1 is not allowed"):
+        triton_full.sums(query, key, value, 4, config=CubicConfig(read_stages=1))
+    wrong = FullConfig(chunk=64, lifts=8, read_warps=8)
+    with pytest.raises(ValueError, match="lifts: 8 is not allowed with chunk 64 and read_warps 8"):
+        triton_full.sums(query, key, value, 3, config=wrong)
     for head_dim, value_dim in ((8, 16), (32, 32), (64, 128), (64, 20)):
         config = default_config(head_dim, value_dim, 4, torch.bfloat16)
         check_config(config, head_dim, value_dim, 4, torch.bfloat16)
+
+
+def test_moments_may_be_split_over_the_samples(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    query, key = (torch.randn(1, 2, 400, 16, generator=generator) + 0.5 for _ in range(2))
+    means = [x.mean(2).flatten(0, 1) for x in (query, key)]
+
+    def found():
+        a, b = triton_project.factors(
+            query, key, 4, query_mean=means[0], key_mean=means[1], query_root=0.7,
+            key_root=0.7, parts=1,
+        )  # fmt: skip
+        return a @ b.transpose(1, 2)
+
+    split = found()
+    monkeypatch.setattr(triton_project, "_SPLITS", 1)
+    whole = found()
+    # The order of the sums differs, so their last bits do.
+    assert not torch.equal(split, whole)
+    assert nmse(split, whole) <= 1e-9
 
 
 @pytest.mark.parametrize(
