@@ -180,10 +180,11 @@ class LayerColumns(Message):
 
 
 class ReasonCount(Message):
-    """How often a gate or a fallback sent a layer's calls to exact attention in one step."""
+    """How often a gate or a fallback sent a layer's calls to exact attention in one step, or a
+    choice gave them to a variant."""
 
     layer: Layer
-    kind: Literal["gate", "fallback"]
+    kind: Literal["gate", "fallback", "choice"]
     reason: Name
     count: Annotated[int, Field(ge=1)]
     detail: str = Field("", max_length=500, description="for people, such as the rejected R")

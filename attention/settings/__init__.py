@@ -6,17 +6,17 @@ all generated from these models. The module imports neither torch nor ComfyUI.
 
 from __future__ import annotations
 
+from .attending import ATTENDING
 from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
 from .hybrid import HybridSettings
 from .monitor import MonitorSettings
+from .router import RouterSettings
 from .taylor import TaylorSettings
 from .tiled import TiledSettings
 
 SETTINGS: dict[str, type[VariantSettings]] = {
-    "exact": MonitorSettings,
-    "taylor": TaylorSettings,
-    "hybrid": HybridSettings,
-    "tiled": TiledSettings,
+    **ATTENDING,
+    "router": RouterSettings,
 }
 """Settings model of each variant, by the variant's name."""
 
@@ -42,6 +42,7 @@ __all__ = [
     "HybridSettings",
     "Measured",
     "MonitorSettings",
+    "RouterSettings",
     "TaylorSettings",
     "TiledSettings",
     "VariantSettings",
