@@ -14,6 +14,7 @@ from ..wire import (
     InstanceInfo,
     Message,
     ModelInfo,
+    ReasonKind,
     RevisionState,
     RunStatus,
     SamplingInfo,
@@ -229,7 +230,7 @@ class LayerSteps(Message):
 class ReasonRow(Message):
     step: int
     layer: str
-    kind: Literal["gate", "fallback"]
+    kind: ReasonKind
     reason: str
     count: int
     detail: str

@@ -612,7 +612,7 @@ export interface components {
             protocol: 1;
             instance: components["schemas"]["InstanceInfo"];
             /** Events */
-            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["SettingsTuned"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
+            events?: (components["schemas"]["RunStarted"] | components["schemas"]["StepClosed"] | components["schemas"]["ImageTaken"] | components["schemas"]["RevisionReported"] | components["schemas"]["SettingsTuned"] | components["schemas"]["StudentsUpdated"] | components["schemas"]["StudentHappened"] | components["schemas"]["RunEnded"] | components["schemas"]["EventsLost"])[];
         };
         /**
          * Change
@@ -1362,7 +1362,8 @@ export interface components {
         };
         /**
          * ReasonCount
-         * @description How often a gate or a fallback sent a layer's calls to exact attention in one step.
+         * @description How often a gate or a fallback sent a layer's calls to exact attention in one step, or a
+         *     choice gave them to a variant.
          */
         ReasonCount: {
             /**
@@ -1375,7 +1376,7 @@ export interface components {
              * Kind
              * @enum {string}
              */
-            kind: "gate" | "fallback";
+            kind: "gate" | "fallback" | "choice";
             /** Reason */
             reason: string;
             /** Count */
@@ -1397,7 +1398,7 @@ export interface components {
              * Kind
              * @enum {string}
              */
-            kind: "gate" | "fallback";
+            kind: "gate" | "fallback" | "choice";
             /** Reason */
             reason: string;
             /** Count */
@@ -2079,6 +2080,115 @@ export interface components {
             items: components["schemas"]["Step"][];
         };
         /**
+         * StudentEvent
+         * @description What can happen to a layer's student besides an update.
+         * @enum {string}
+         */
+        StudentEvent: "ready" | "not_ready" | "complete" | "out_of_memory" | "training_off" | "teacher_not_finite" | "update_failed" | "checkpoint_loaded" | "checkpoint_saved" | "checkpoint_failed" | "recovered";
+        /**
+         * StudentHappened
+         * @description Something else that happened to students: readiness, want of memory, a checkpoint.
+         */
+        StudentHappened: {
+            /**
+             * Run Id
+             * @description UUID, 32 hex digits
+             */
+            run_id: string;
+            /** Seq */
+            seq: number;
+            /**
+             * At
+             * @description seconds since 1970, UTC
+             */
+            at: number;
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "student_event";
+            event: components["schemas"]["StudentEvent"];
+            /**
+             * Layer
+             * @description null where it concerns all
+             * @default null
+             */
+            layer: string | null;
+            /**
+             * Update
+             * @description updates that the layer has had
+             * @default null
+             */
+            update: number | null;
+            /**
+             * Step
+             * @default null
+             */
+            step: number | null;
+            /**
+             * Detail
+             * @description for people: path, error, sizes
+             * @default
+             */
+            detail: string;
+        };
+        /**
+         * StudentsUpdated
+         * @description Updates of students since the last such event.
+         */
+        StudentsUpdated: {
+            /**
+             * Run Id
+             * @description UUID, 32 hex digits
+             */
+            run_id: string;
+            /** Seq */
+            seq: number;
+            /**
+             * At
+             * @description seconds since 1970, UTC
+             */
+            at: number;
+            /**
+             * @description discriminator enum property added by openapi-typescript
+             * @enum {string}
+             */
+            kind: "students_updated";
+            updates: components["schemas"]["UpdateColumns"];
+            /**
+             * Replay Limit Bytes
+             * @default null
+             */
+            replay_limit_bytes: number | null;
+        };
+        /**
+         * UpdateColumns
+         * @description Updates of students, one list item per update, in the order in which they were made.
+         */
+        UpdateColumns: {
+            /** Layer */
+            layer: string[];
+            /**
+             * Update
+             * @description number of the layer's update, from 1, over all runs
+             */
+            update: number[];
+            /**
+             * Step
+             * @description of the run's schedule in which it was made
+             */
+            step: number[];
+            /** At */
+            at: number[];
+            /**
+             * Metrics
+             * @description by name, see attention/distillation.py; null: not measured at this update
+             */
+            metrics: {
+                [key: string]: (number | null)[];
+            };
+        };
+        /**
          * VariantSchema
          * @description A variant and its settings.
          */
@@ -2181,6 +2291,10 @@ export type Step = components['schemas']['Step'];
 export type StepClosed = components['schemas']['StepClosed'];
 export type StepDelta = components['schemas']['StepDelta'];
 export type Steps = components['schemas']['Steps'];
+export type StudentEvent = components['schemas']['StudentEvent'];
+export type StudentHappened = components['schemas']['StudentHappened'];
+export type StudentsUpdated = components['schemas']['StudentsUpdated'];
+export type UpdateColumns = components['schemas']['UpdateColumns'];
 export type VariantSchema = components['schemas']['VariantSchema'];
 export type VariantSchemas = components['schemas']['VariantSchemas'];
 export type $defs = Record<string, never>;
