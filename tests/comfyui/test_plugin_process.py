@@ -100,6 +100,7 @@ def test_the_nodes_inputs_are_the_settings(process: ComfyUI) -> None:
         ("AttnScopeTaylor", "taylor"),
         ("AttnScopeHybrid", "hybrid"),
         ("AttnScopeTiled", "tiled"),
+        ("AttnScopeRouter", "router"),
         ("AttnScopeMonitor", "exact"),
     ):
         info = call(f"{process.url}/object_info/{node}")[node]
