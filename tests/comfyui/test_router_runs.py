@@ -169,3 +169,15 @@ def test_it_measures_without_a_server_too(
     file = json.loads((output / "attnscope" / "router" / "t.json").read_text())
     assert {item["what"].split("-")[0] for item in file["times"]} == {"exact", "taylor", "tiled"}
     assert len(file["errors"]) > 0
+
+
+def test_tables_of_models_do_not_share_a_file(comfyui: Any) -> None:
+    from attnscope.attention.settings import RouterSettings
+    from attnscope.comfy_plugin.router_tables import table_for
+
+    models = ("a.gguf", "a.safetensors", "a b", "a_b", "..", "")
+    paths = [table_for(RouterSettings(), model).path for model in models]
+    assert len(set(paths)) == len(models)
+    assert {path.parent.name for path in paths} == {"router"}
+    named = [table_for(RouterSettings(table="mine"), model) for model in ("a", "a", "b")]
+    assert named[0] is named[1] is not named[2]
