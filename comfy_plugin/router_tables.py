@@ -144,9 +144,8 @@ def table_for(settings: RouterSettings, model: str) -> TableFile:
 
 def _file_name(model: str) -> str:
     """The model's name as a file's, still telling models apart."""
-    stem = re.sub(r"\.(safetensors|sft|gguf|ckpt|pt)$", "", model)
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")[:80] or "model"
-    if plain == stem:
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", model).strip("._-")[:80] or "model"
+    if plain == model:
         return plain
     return f"{plain}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
