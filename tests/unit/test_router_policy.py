@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnscope.attention.reasons import Gate
@@ -21,6 +21,9 @@ from attnscope.attention.router.policy import (
     within,
 )
 from attnscope.attention.settings import RouterSettings
+
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A test may be stopped for a while on a machine that is shared."""
 
 ERRORS = st.floats(1e-6, 1.0)
 COSTS = st.floats(0.1, 10.0)
@@ -49,6 +52,7 @@ def saved(decisions: dict[str, Decision]) -> float:
     return sum(decision.saving for decision in decisions.values())
 
 
+@unhurried
 @given(steps(), BUDGETS)
 def test_no_budget_is_ever_exceeded_and_every_layer_is_told_why(
     layers: list[LayerOptions], budget: Budget
@@ -69,13 +73,15 @@ def test_no_budget_is_ever_exceeded_and_every_layer_is_told_why(
             assert decision.chosen.cost < layer.exact_cost
 
 
+@unhurried
 @given(steps())
 def test_quality_speed_0_is_all_exact_whatever_else_is_set(layers: list[LayerOptions]) -> None:
-    settings = RouterSettings(quality_speed=0.0, budget_layer=1.0, budget_step=10.0)
-    decisions = plan(layers, budget_of(settings, len(layers)))
+    asked = RouterSettings(quality_speed=0.0, budget_layer=1.0, budget_step=10.0)
+    decisions = plan(layers, budget_of(asked, len(layers)))
     assert all(decision.chosen is None for decision in decisions.values())
 
 
+@unhurried
 @given(steps(), BUDGETS, st.floats(0.0, 3.0))
 def test_a_larger_budget_of_the_step_never_saves_less(
     layers: list[LayerOptions], budget: Budget, more: float
@@ -84,6 +90,7 @@ def test_a_larger_budget_of_the_step_never_saves_less(
     assert saved(plan(layers, larger)) >= saved(plan(layers, budget)) - 1e-9
 
 
+@unhurried
 @given(steps(), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_a_larger_budget_of_layers_never_saves_less_where_the_step_sets_no_limit(
     layers: list[LayerOptions], one: float, other: float
@@ -93,6 +100,7 @@ def test_a_larger_budget_of_layers_never_saves_less_where_the_step_sets_no_limit
     assert saved(more) >= saved(less) - 1e-9
 
 
+@unhurried
 @given(steps(layers=5), BUDGETS)
 def test_it_is_within_one_step_of_the_best_plan_there_is(
     layers: list[LayerOptions], budget: Budget
@@ -113,6 +121,7 @@ def test_it_is_within_one_step_of_the_best_plan_there_is(
     assert best - max(0.0, largest) - 1e-9 <= saved(plan(layers, budget)) <= best + 1e-6
 
 
+@unhurried
 @given(steps(), BUDGETS)
 def test_the_same_arguments_give_the_same_plan(layers: list[LayerOptions], budget: Budget) -> None:
     assert plan(layers, budget) == plan(list(layers), budget)
