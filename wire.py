@@ -37,6 +37,7 @@ Layer = Annotated[
 Count = Annotated[int, Field(ge=0, le=2**53)]
 UnixTime = Annotated[float, Field(description="seconds since 1970, UTC", allow_inf_nan=False)]
 Number = float | None
+ReasonKind = Literal["gate", "fallback", "choice"]
 
 
 class Message(BaseModel):
@@ -180,10 +181,11 @@ class LayerColumns(Message):
 
 
 class ReasonCount(Message):
-    """How often a gate or a fallback sent a layer's calls to exact attention in one step."""
+    """How often a gate or a fallback sent a layer's calls to exact attention in one step, or a
+    choice gave them to a variant."""
 
     layer: Layer
-    kind: Literal["gate", "fallback"]
+    kind: ReasonKind
     reason: Name
     count: Annotated[int, Field(ge=1)]
     detail: str = Field("", max_length=500, description="for people, such as the rejected R")

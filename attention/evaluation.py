@@ -236,6 +236,9 @@ def _measured(
     if gate is not None:
         return outcome(f"{gate.value}: {DESCRIPTIONS[gate.value]}")
     result = variant.attend(case.query, case.key, case.value, call(exact.rows))
+    if result.gate is not None:
+        detail = result.detail or DESCRIPTIONS[result.gate.value]
+        return outcome(f"{result.gate.value}: {detail}")
     if result.fallback is not None:
         if result.fallback is Fallback.PRE_ROPE:
             return outcome(f"{result.fallback.value}: {NO_PRE_ROPE}")

@@ -65,6 +65,23 @@ METRICS: tuple[Metric, ...] = (
         log=True,
     ),
     Metric(
+        "predicted_nmse",
+        "NMSE, predicted",
+        "What the router predicts the NMSE to stay below, of the candidate that it chose; empty "
+        "where it chose exact attention.",
+        direction=Direction.LOWER,
+        fold=Fold.MAX,
+        log=True,
+    ),
+    Metric(
+        "budget_share",
+        "Share of the layer's budget",
+        "The predicted NMSE of what the router chose over the layer's error budget.",
+        unit="share",
+        direction=Direction.LOWER,
+        fold=Fold.MAX,
+    ),
+    Metric(
         "cosine",
         "Cosine similarity",
         "Mean cosine between sampled outputs and exact ones, per query and head.",

@@ -1,7 +1,8 @@
-"""Why a call ran exactly: stable machine names, shared by plugin, server and page.
+"""Why a call ran as it did: stable machine names, shared by plugin, server and page.
 
 A *gate* means the variant was not due for the call; a *fallback* means it was due and exact
-attention ran instead. Prose for people lies beside each name and nowhere else.
+attention ran instead; a *choice* means that a variant was picked among several. Prose for people
+lies beside each name and nowhere else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class Gate(str, Enum):
     WINDOW_FULL = "window_full"
     DISTILLING = "distilling"
     NOT_READY = "not_ready"
+    ROUTER_UNMEASURED = "router_unmeasured"
+    ROUTER_OVER_BUDGET = "router_over_budget"
+    ROUTER_STEP_BUDGET = "router_step_budget"
+    ROUTER_NOT_FASTER = "router_not_faster"
 
 
 class Fallback(str, Enum):
@@ -45,6 +50,12 @@ class Fallback(str, Enum):
     ERROR = "error"
 
 
+class Choice(str, Enum):
+    """What made a variant that chooses between others take the one that made the output."""
+
+    ROUTER_CHEAPEST = "router_cheapest"
+
+
 DESCRIPTIONS: dict[str, str] = {
     Gate.DISABLED.value: "The variant is switched off.",
     Gate.BELOW_MIN_TOKENS.value: "Fewer tokens than min_tokens.",
@@ -60,6 +71,18 @@ DESCRIPTIONS: dict[str, str] = {
     Gate.WINDOW_FULL.value: "The local window holds all tokens, which is exact attention.",
     Gate.DISTILLING.value: "The model's own attention makes the picture and teaches the student.",
     Gate.NOT_READY.value: "The layer's student is not ready, or there is none yet.",
+    Gate.ROUTER_UNMEASURED.value: (
+        "Too few runs have measured the router's candidates here to predict their error."
+    ),
+    Gate.ROUTER_OVER_BUDGET.value: (
+        "Every candidate's predicted error is above the layer's budget."
+    ),
+    Gate.ROUTER_STEP_BUDGET.value: (
+        "The step's error budget went to layers that save more for their error."
+    ),
+    Gate.ROUTER_NOT_FASTER.value: (
+        "No candidate that stays within the layer's budget is cheaper than exact attention."
+    ),
     Fallback.DENOMINATOR.value: "Too many denominators were not safely positive.",
     Fallback.DENOMINATOR_PROBE.value: (
         "Too many denominators of the early probe were not safely positive."
@@ -84,4 +107,7 @@ DESCRIPTIONS: dict[str, str] = {
     Fallback.UNKNOWN_ARGUMENT.value: "The call carries an argument that the variant doesn't know.",
     Fallback.OUT_OF_MEMORY.value: "There was not enough memory for the variant.",
     Fallback.ERROR.value: "The variant raised an error.",
+    Choice.ROUTER_CHEAPEST.value: (
+        "It saves most of what the step can save within the error budgets."
+    ),
 }

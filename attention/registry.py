@@ -1,15 +1,14 @@
-"""The variants by name. Adding one takes its folder, its settings and a line here."""
+"""All variants by name: those that attend themselves, and the one that chooses between them."""
 
 from __future__ import annotations
 
-from .exact import ExactVariant
-from .hybrid.variant import HybridVariant
-from .taylor.variant import TaylorVariant
-from .tiled.variant import TiledVariant
+from .attending import ATTENDING
+from .router.variant import RouterVariant
 from .ttr.variant import TtrVariant
 from .variant import Variant
 
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant
-    for variant in (ExactVariant, TaylorVariant, HybridVariant, TiledVariant, TtrVariant)
+    **ATTENDING,
+    TtrVariant.name: TtrVariant,
+    RouterVariant.name: RouterVariant,
 }

@@ -6,14 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .clock import Clock
 from .distillation import Listener
-from .reasons import Fallback, Gate
+from .reasons import Choice, Fallback, Gate
 from .settings import VariantSettings
 from .token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from .router.table import TableStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,12 @@ class RunInfo:
         sigmas: the schedule, one more value than there are steps.
         layers: the model's layers in the order in which they run; empty where unknown.
         reserve: for a variant that is about to allocate much; None where nobody listens.
-        settings: that the run begins with; None where they come with the calls alone.
+        settings: that the run begins with; None for the variant's defaults.
         model: that is sampled; None where unknown.
         folder: absolute, for what the variant keeps on disk; None where there is none.
         listener: of a variant that learns; None where nobody listens.
+        clock: of the device that samples; None where nothing is timed.
+        tables: where a router finds and leaves its measurements; None keeps them for the run.
     """
 
     sigmas: Sequence[float]
@@ -69,6 +75,8 @@ class RunInfo:
     model: ModelPrint | None = None
     folder: Path | None = None
     listener: Listener | None = None
+    clock: Clock | None = None
+    tables: TableStore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,10 @@ class Tuning:
     detail: str
 
 
+Afterwards = Callable[[Any, Any], None]
+"""Takes the clock's marks before and after a call; both None where calls aren't timed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What came of a call.
@@ -150,6 +162,12 @@ class Result:
             None where the call wants none or the variant has no such number.
         effective: where the variant approximates another attention than the call's own, such as
             one with shaped query and key; None where it is the call's own.
+        gate: the rule that kept the variant from the call, where that could not be told without
+            its tensors; ``out`` is None then.
+        made_by: name of the variant that made the output, where that is another one.
+        choice: why it was that one; ``detail`` says more.
+        afterwards: is called once the call's output is there, whoever made it, and the call's
+            time is taken: for measurements, which are not part of the call.
     """
 
     out: torch.Tensor | None
@@ -158,6 +176,10 @@ class Result:
     stats: dict[str, torch.Tensor | float] = field(default_factory=dict)
     log_mass: torch.Tensor | None = None
     effective: Effective | None = None
+    gate: Gate | None = None
+    made_by: str = ""
+    choice: Choice | None = None
+    afterwards: Afterwards | None = None
 
 
 class Variant(ABC):
@@ -166,8 +188,10 @@ class Variant(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     settings_model: ClassVar[type[VariantSettings]]
-    wants_pre_rope: ClassVar[bool] = False
+    wants_pre_rope: bool = False
     """Whether calls shall hold ``pre_rope``, for which the plugin patches bindings of ComfyUI."""
+    times_calls: ClassVar[bool] = False
+    """Whether calls are to be timed even where nothing is recorded."""
     attends: ClassVar[bool] = True
     """Whether there are calls that it answers itself; if not, it is asked about none."""
     tells_log_mass: ClassVar[bool] = False
@@ -232,6 +256,18 @@ class Variant(ABC):
             Settings to go on with; None to change nothing.
         """
         return None
+
+    def close(self, completed: bool) -> None:  # noqa: B027
+        """Called once, after the run's last call; waiting for the device is allowed.
+
+        Args:
+            completed: whether all steps have run.
+        """
+
+    @classmethod
+    def needs_pre_rope(cls, settings: VariantSettings) -> bool:
+        """Whether a run with these settings will want ``pre_rope``."""
+        return cls.wants_pre_rope
 
     @classmethod
     @abstractmethod

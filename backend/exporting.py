@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -26,6 +26,7 @@ from ..wire import (
     Message,
     ModelInfo,
     ReasonCount,
+    ReasonKind,
     RunEnded,
     RunStarted,
     RunStatus,
@@ -212,7 +213,7 @@ def _step(session: Session, run: models.Run, row: models.Step, names: Sequence[s
     why = [
         ReasonCount(
             layer=names[item.layer],
-            kind="gate" if item.kind == "gate" else "fallback",
+            kind=cast(ReasonKind, item.kind),
             reason=item.reason,
             count=item.count,
             detail=item.detail,

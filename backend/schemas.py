@@ -14,6 +14,7 @@ from ..wire import (
     InstanceInfo,
     Message,
     ModelInfo,
+    ReasonKind,
     RevisionState,
     RunStatus,
     SamplingInfo,
@@ -232,7 +233,7 @@ class LayerSteps(Message):
 class ReasonRow(Message):
     step: int
     layer: str
-    kind: Literal["gate", "fallback"]
+    kind: ReasonKind
     reason: str
     count: int
     detail: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
@@ -12,7 +12,7 @@ from ..db import instances as instance_rows
 from ..db import models, numbers
 from ..db import runs as run_rows
 from ..db.models import LAYER_STEP_FIELDS
-from ..wire import ModelInfo, RevisionState, RunStatus, SamplingInfo
+from ..wire import ModelInfo, ReasonKind, RevisionState, RunStatus, SamplingInfo
 from .schemas import (
     Image,
     Instance,
@@ -131,12 +131,12 @@ def layer_steps(rows: Sequence[Sequence[Any]], names: Sequence[str]) -> LayerSte
 
 
 def reason_rows(rows: Sequence[models.Reason], names: Sequence[str]) -> list[ReasonRow]:
-    """Gates and fallbacks as the API shows them."""
+    """Gates, fallbacks and choices as the API shows them."""
     return [
         ReasonRow.model_construct(
             step=row.step,
             layer=names[row.layer],
-            kind="gate" if row.kind == "gate" else "fallback",
+            kind=cast(ReasonKind, row.kind),
             reason=row.reason,
             count=row.count,
             detail=row.detail,
@@ -146,7 +146,7 @@ def reason_rows(rows: Sequence[models.Reason], names: Sequence[str]) -> list[Rea
 
 
 def reasons(rows: Sequence[models.Reason], names: Sequence[str]) -> Reasons:
-    """Gates and fallbacks with their sums."""
+    """Gates, fallbacks and choices with their sums."""
     totals: dict[str, int] = {}
     for row in rows:
         totals[row.reason] = totals.get(row.reason, 0) + row.count

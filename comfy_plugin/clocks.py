@@ -7,25 +7,11 @@ them is read later, by the thread that builds the message.
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-
-class Clock(Protocol):
-    """Takes marks and tells the time between two of them."""
-
-    measures_calls: bool
-    """Whether a mark stands for the work before it, rather than for its submission."""
-
-    def mark(self) -> Any:
-        """A point in the order of the device's work."""
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Milliseconds from one mark to a later one. The later one must have been reached."""
-
-    def reached(self, mark: Any) -> bool:
-        """Whether the device has come to the mark. Never waits."""
+from ..attention.clock import Clock
 
 
 class HostClock:

@@ -7,7 +7,14 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from .identity import prompt_server
-from .nodes.backends import HybridNode, MonitorNode, TaylorNode, TiledNode, TtrNode
+from .nodes.backends import (
+    HybridNode,
+    MonitorNode,
+    RouterNode,
+    TaylorNode,
+    TiledNode,
+    TtrNode,
+)
 from .plugin import configuration, get_plugin
 
 log = logging.getLogger("attnscope")
@@ -22,7 +29,15 @@ class AttnScopeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Versions of ComfyUI that don't call on_load still ask for the nodes.
         prepare()
-        return [TaylorNode, HybridNode, TiledNode, TtrNode, MonitorNode, *_demo_nodes()]
+        return [
+            TaylorNode,
+            HybridNode,
+            TiledNode,
+            TtrNode,
+            RouterNode,
+            MonitorNode,
+            *_demo_nodes(),
+        ]
 
 
 def _demo_nodes() -> list[type[io.ComfyNode]]:

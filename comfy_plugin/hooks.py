@@ -15,17 +15,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..attention.out_of_memory import is_out_of_memory
 from ..attention.quality import sampled_indices
-from ..attention.reasons import Fallback, Gate
+from ..attention.reasons import Choice, Fallback, Gate
 from ..attention.registry import VARIANTS
 from ..attention.samples import sample_call
-from ..attention.settings import VariantSettings
+from ..attention.settings import RouterSettings, VariantSettings
 from ..attention.token_layout import TokenLayout
 from ..attention.variant import Call, Dense, LayerId, Result, RunInfo
 from .capture import capture_for
@@ -42,6 +42,7 @@ from .pre_rope import PreRope, register
 from .quality_log import QualityLog
 from .recorder import UNKNOWN_LAYER, CallRecord
 from .report import Report, Reports, RunReport
+from .router_tables import TableFile, TableReport, table_for, with_candidates
 from .run import Run
 from .steps import StepTracker
 from .token_layout import LayoutReader
@@ -65,16 +66,19 @@ class Plan:
         settings: that runs begin with, unless the server has others for them.
         label: of the runs.
         config: where to send to.
+        earlier: variants, with their settings, of the nodes before on the same model, in order.
     """
 
     variant: str
     settings: VariantSettings
     label: str
     config: Config
+    earlier: tuple[tuple[str, VariantSettings], ...] = ()
 
 
 def attach(model: Any, plan: Plan) -> Any:
-    """A clone of the model that runs by the plan. The later of two plans on a model is in force.
+    """A clone of the model that runs by the plan. The later of two plans on a model is in force;
+    the variants of earlier ones are what a router chooses from.
 
     Args:
         model: ComfyUI's MODEL; left as it is.
@@ -83,18 +87,25 @@ def attach(model: Any, plan: Plan) -> Any:
     from comfy.patcher_extension import WrappersMP
 
     clone = model.clone()
-    earlier = [
-        hook.plan.variant
+    before = [
+        hook.plan
         for hook in clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY)
         if isinstance(hook, SamplerHook)
     ]
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    if earlier:
+    if before:
+        last = before[-1]
+        plan = replace(plan, earlier=(*last.earlier, (last.variant, last.settings)))
+    if isinstance(plan.settings, RouterSettings):
+        plan = replace(plan, settings=with_candidates(plan.settings, plan.earlier))
+        log.info("AttnScope: the router chooses from %s", plan.settings.candidates)  # type: ignore[attr-defined]
+    elif before:
         log.info(
             "AttnScope: '%s' takes the place of '%s', which an earlier node set on this model",
-            plan.variant, earlier[-1],
+            plan.variant, before[-1].variant,
         )  # fmt: skip
-    register(clone, KEY, VARIANTS[plan.variant].wants_pre_rope)
+    wants_pre_rope = VARIANTS[plan.variant].needs_pre_rope(plan.settings)
+    register(clone, KEY, wants_pre_rope)
     if plan.variant != "exact" or not plan.config.disabled:
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, SamplerHook(plan))
     return clone
@@ -146,19 +157,31 @@ class _Sampling:
         remembered = self._channel.shelf.get(plan.variant) if self._channel else None
         if remembered is not None:
             settings, instance_revision = remembered.settings, remembered.id
-            # What names files and accounts is the node's alone to say: not any page's.
+            # What names files, accounts and candidates is the node's alone to say: not any page's.
             settings = settings.with_own_of(plan.settings)
+        if isinstance(settings, RouterSettings) and isinstance(plan.settings, RouterSettings):
+            # What there is to choose from is the workflow's, whatever was set for later runs.
+            chosen_from = {"candidates": plan.settings.candidates}
+            settings = settings.model_copy(update=chosen_from)
         reports = _reports(plan, len(sigmas) - 1)
+        clock = clock_for(device)
+        self._table: TableFile | None = None
+        if isinstance(settings, RouterSettings):
+            self._table = table_for(settings, model().name)
+            if self._channel is not None:
+                reports.append(TableReport(self._table))
         self.run = Run(
             variant=VARIANTS[plan.variant](),
             settings=settings,
             tracker=StepTracker(sigmas, sampler_function(sampler)),
-            clock=clock_for(device),
+            clock=clock,
             info=RunInfo(
                 sigmas=sigmas,
                 layers=layers,
                 reserve=reserve_for(guider.model_patcher),
                 settings=settings,
+                clock=clock,
+                tables=self._table,
             ),
             learning=learning_for(
                 plan.variant, settings, guider.model_patcher, lambda: model().name
@@ -214,6 +237,11 @@ class _Sampling:
             with _guarded("a run's end"):
                 if self.run.capture is not None:
                     self.run.capture.close()
+            with _guarded("a run's end"):
+                self.run.variant.close(status == "completed")
+                if self._table is not None and self._channel is None:
+                    # Nobody else would: events are what the link's thread lives for.
+                    self._table.save()
             with _guarded("a run's end"):
                 self.run.end(status, error)
             with _guarded("a run's end"):
@@ -369,8 +397,11 @@ class _Attempt:
     def __init__(self) -> None:
         self.stats: dict[str, Any] = {}
 
-    def gate(self, gate: Gate) -> None:
-        self.kind, self.reason = "gate", gate.value
+    def gate(self, gate: Gate, detail: str = "") -> None:
+        self.kind, self.reason, self.detail = "gate", gate.value, detail
+
+    def choose(self, choice: Choice, detail: str) -> None:
+        self.kind, self.reason, self.detail = "choice", choice.value, detail
 
     def fall_back(self, reason: Fallback, detail: str = "") -> None:
         self.out = None
@@ -396,7 +427,8 @@ class AttentionHook:
         self._run = run
         self._pre_rope = pre_rope
         self._earlier = earlier
-        self._mark = run.clock.mark if run.records and run.clock.measures_calls else None
+        timed = (run.records or run.variant.times_calls) and run.clock.measures_calls
+        self._mark = run.clock.mark if timed else None
         self._complaints: set[str] = set()
 
     def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -415,8 +447,14 @@ class AttentionHook:
             returned = out if attempt.call is None else self._returned(attempt, out)
             if returned is None:
                 returned = self._exact(func, args, kwargs)
+        afterwards = None if attempt.result is None else attempt.result.afterwards
+        end = None if mark is None else mark()
+        if afterwards is not None:
+            try:
+                afterwards(start, end)
+            except Exception:
+                self._complain("a call was not measured")
         if run.records:
-            end = None if mark is None else mark()
             try:
                 self._record(attempt, args, kwargs, start, end)
             except Exception:
@@ -534,8 +572,12 @@ class AttentionHook:
             attempt.result = result
             if result.fallback is not None:
                 attempt.fall_back(result.fallback, result.detail)
+            elif result.gate is not None:
+                attempt.gate(result.gate, result.detail)
             else:
                 attempt.out = result.out
+                if result.choice is not None:
+                    attempt.choose(result.choice, result.detail)
         except Unreadable as unreadable:
             # A variant that leaves attention alone has nothing to fall back from.
             if run.variant.attends:
@@ -564,6 +606,7 @@ class AttentionHook:
         record = CallRecord(
             layer=attempt.name,
             made_by_variant=attempt.out is not None,
+            made_by=attempt.result.made_by if attempt.result is not None else "",
             kind=attempt.kind,
             reason=attempt.reason,
             detail=attempt.detail,

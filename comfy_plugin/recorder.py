@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ..attention.clock import Clock
 from ..attention.metrics import BY_NAME, Fold
 from ..wire import LayerColumns, ReasonCount, StepClosed
-from .clocks import Clock
 from .pool import SamplePool
 
 log = logging.getLogger("attnscope")
@@ -34,14 +34,16 @@ class CallRecord:
     Attributes:
         layer: name of the block.
         made_by_variant: whether the variant's output was used.
-        kind: "gate" or "fallback" where exact attention ran in the variant's place, else empty.
-        reason: which gate or fallback.
+        kind: "gate" or "fallback" where exact attention ran in the variant's place, "choice" where
+            a variant was chosen among several, else empty.
+        reason: which gate, fallback or choice.
         detail: the same for people.
         tokens_q: query tokens.
         tokens_k: key tokens.
         stats: metric name to a number or a 0-dimensional tensor.
         start: clock's mark before the call; None where calls aren't timed.
         end: clock's mark after it.
+        made_by: which variant made the output, where the run's own leaves that to others.
     """
 
     layer: str
@@ -54,6 +56,7 @@ class CallRecord:
     stats: dict[str, Any]
     start: Any = None
     end: Any = None
+    made_by: str = ""
 
 
 @dataclass(slots=True)
@@ -218,10 +221,10 @@ class ClosedStep:
         return found
 
     def _path(self, calls: Sequence[CallRecord]) -> str:
-        made = sum(call.made_by_variant for call in calls)
-        if made == 0:
-            return "exact"
-        return self._variant if made == len(calls) else "mixed"
+        made = {
+            (call.made_by or self._variant) if call.made_by_variant else "exact" for call in calls
+        }
+        return made.pop() if len(made) == 1 else "mixed"
 
     def _reasons(self, rows: list[tuple[str, list[CallRecord]]]) -> Iterable[ReasonCount]:
         for layer, calls in rows:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..attention.clock import Clock
 from ..attention.samples import CallSample
 from ..attention.settings import VariantSettings
 from ..attention.variant import RunInfo, Variant
@@ -24,7 +25,6 @@ from ..wire import (
     SettingsTuned,
 )
 from .capture import Capture
-from .clocks import Clock
 from .learning import Learning
 from .mailbox import refusal
 from .outbox import Draft

@@ -214,7 +214,8 @@ layer_steps = Table(
 
 
 class Reason(Base):
-    """How often a gate or a fallback sent a layer's calls to exact attention in one step."""
+    """How often a gate or a fallback sent a layer's calls to exact attention in one step, or a
+    choice gave them to a variant."""
 
     __tablename__ = "reasons"
     __table_args__ = WITHOUT_ROWID

@@ -89,7 +89,7 @@ def layer_rows(
 def reasons(
     session: Session, run: int, first: int | None = None, last: int | None = None
 ) -> Sequence[models.Reason]:
-    """Gates and fallbacks of a run in the order of step and layer."""
+    """Gates, fallbacks and choices of a run in the order of step and layer."""
     query = select(models.Reason).where(models.Reason.run == run)
     if first is not None:
         query = query.where(models.Reason.step >= first)

@@ -32,7 +32,7 @@ class HybridVariant(Variant):
     title: ClassVar[str] = "Hybrid"
     settings_model: ClassVar[type[VariantSettings]] = HybridSettings
     tells_log_mass: ClassVar[bool] = True
-    wants_pre_rope: ClassVar[bool] = True
+    wants_pre_rope: bool = True
 
     def __init__(self) -> None:
         self.prepare(RunInfo(sigmas=()))

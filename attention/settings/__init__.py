@@ -6,19 +6,19 @@ all generated from these models. The module imports neither torch nor ComfyUI.
 
 from __future__ import annotations
 
+from .attending import ATTENDING
 from .base import GROUP_TITLES, Group, Measured, VariantSettings, setting
 from .hybrid import HybridSettings
 from .monitor import MonitorSettings
+from .router import RouterSettings
 from .taylor import TaylorSettings
 from .tiled import TiledSettings
 from .ttr import TtrSettings
 
 SETTINGS: dict[str, type[VariantSettings]] = {
-    "exact": MonitorSettings,
-    "taylor": TaylorSettings,
-    "hybrid": HybridSettings,
-    "tiled": TiledSettings,
+    **ATTENDING,
     "ttr": TtrSettings,
+    "router": RouterSettings,
 }
 """Settings model of each variant, by the variant's name."""
 
@@ -44,6 +44,7 @@ __all__ = [
     "HybridSettings",
     "Measured",
     "MonitorSettings",
+    "RouterSettings",
     "TaylorSettings",
     "TiledSettings",
     "TtrSettings",

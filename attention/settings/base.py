@@ -13,6 +13,8 @@ class Group(str, Enum):
 
     GATE = "gate"
     SCALE = "scale"
+    BUDGET = "budget"
+    ROUTING = "routing"
     APPROXIMATION = "approximation"
     LOCAL = "local"
     GLOBAL = "global"
@@ -28,6 +30,8 @@ class Group(str, Enum):
 GROUP_TITLES: dict[Group, str] = {
     Group.GATE: "Gates: where the variant runs",
     Group.SCALE: "Scale: shaping of query and key",
+    Group.BUDGET: "Budget: how much error is allowed",
+    Group.ROUTING: "Candidates, and what is measured of them",
     Group.APPROXIMATION: "Approximation",
     Group.LOCAL: "Local: what is exact",
     Group.GLOBAL: "Global: what is approximated",

@@ -13,7 +13,10 @@ from .inputs import read_settings, settings_inputs
 
 CATEGORY = "AttnScope"
 
-_STACKED = " Of two AttnScope nodes on one model the later one is in force, alone."
+_STACKED = (
+    " Of two AttnScope nodes on one model the later one is in force, alone; before a Router they "
+    "are what it chooses from."
+)
 
 
 class _Backend(io.ComfyNode):
@@ -114,6 +117,20 @@ class TtrNode(_Backend):
         "Trains a small student for each layer's attention while the model samples: the model's "
         "own attention makes the picture and is the teacher. With mode set to serve, students "
         "that are ready stand in for it. What was learnt is kept in a checkpoint."
+    )
+
+
+class RouterNode(_Backend):
+    """The error-budget router."""
+
+    VARIANT = "router"
+    NODE_ID = "AttnScopeRouter"
+    TITLE = "Error-budget Router"
+    ABOUT = (
+        "Runs in each layer and step the cheapest of the AttnScope variants before it on the "
+        "model (or tiled and Taylor attention) whose error stays within a budget, and exact "
+        "attention where none does. The first runs measure and are exact; what they find is kept "
+        "for the model. The dashboard says of every layer and step what was chosen and why."
     )
 
 

@@ -13,6 +13,7 @@ from support.events import INF, NAN, RunScript
 
 from attnscope.backend import cli, exporting, importing
 from attnscope.backend.config import Config
+from attnscope.wire import ReasonCount
 
 PATHS = ("", "/steps", "/layer-steps", "/fallbacks", "/revisions", "/images")
 
@@ -164,3 +165,27 @@ def test_an_import_into_a_new_folder_makes_it(make_api: Any, tmp_path: Path) -> 
     exporting.export_file(source.services.config, tmp_path / "runs")
     config = Config(data_dir=tmp_path / "new" / "folder")
     assert importing.import_file(config, tmp_path / "runs").runs == 3
+
+
+def test_choices_are_told_with_their_detail_and_survive_a_round_trip(
+    make_api: Any, tmp_path: Path
+) -> None:
+    source, target = make_api("source"), make_api("target")
+    script = RunScript(2, 1, "router")
+    started, closed = script.started(), script.step(0, reasons=False)
+    why = ReasonCount(
+        layer="single.0",
+        kind="choice",
+        reason="router_cheapest",
+        count=1,
+        detail="tiled up to 0.1",
+    )
+    source.send(started, closed.model_copy(update={"reasons": [why]}), script.ended())
+    (row,) = source.get(f"/runs/{script.run_id}/fallbacks")["items"]
+    assert (row["kind"], row["reason"], row["detail"]) == (
+        "choice", "router_cheapest", "tiled up to 0.1",
+    )  # fmt: skip
+    file = tmp_path / "runs.jsonl"
+    exporting.export_file(source.services.config, file)
+    importing.import_file(target.services.config, file)
+    assert everything(target) == everything(source)

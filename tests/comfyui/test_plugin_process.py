@@ -101,6 +101,7 @@ def test_the_nodes_inputs_are_the_settings(process: ComfyUI) -> None:
         ("AttnScopeHybrid", "hybrid"),
         ("AttnScopeTiled", "tiled"),
         ("AttnScopeFlux2TTR", "ttr"),
+        ("AttnScopeRouter", "router"),
         ("AttnScopeMonitor", "exact"),
     ):
         info = call(f"{process.url}/object_info/{node}")[node]

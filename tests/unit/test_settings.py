@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from attnscope.attention import settings
-from attnscope.attention.reasons import DESCRIPTIONS, Fallback, Gate
+from attnscope.attention.reasons import DESCRIPTIONS, Choice, Fallback, Gate
 from attnscope.attention.registry import VARIANTS
 from attnscope.attention.settings import SETTINGS, TaylorSettings
 
@@ -81,7 +81,7 @@ def test_an_unknown_variant_is_refused_with_those_that_exist() -> None:
 
 
 def test_every_reason_has_prose() -> None:
-    assert set(DESCRIPTIONS) == {reason.value for reason in (*Gate, *Fallback)}
+    assert set(DESCRIPTIONS) == {reason.value for reason in (*Gate, *Fallback, *Choice)}
 
 
 def test_feature_dimensions_up_to_a_thousand_million_may_be_allowed() -> None:

@@ -46,3 +46,17 @@ it('shows a code of a newer plugin as the number that it is, and nothing where n
   expect(facts(METRIC, 'single.1')?.notes).toEqual(['Sums computed by 7.00'])
   expect(facts(METRIC, 'single.2')?.notes).toEqual([])
 })
+
+it('says what a router promised, and why it chose', () => {
+  const columns = new RunColumns()
+  const metrics = { predicted_nmse: [0.004], budget_share: [0.32] }
+  columns.apply(stepDelta(0, ['single.0'], metrics))
+  const book = new ReasonBook()
+  const row = { step: 0, layer: 'single.0', count: 1, detail: 'tiled up to 0.004 (chosen)' }
+  book.setStep(0, [{ ...row, kind: 'choice', reason: 'router_cheapest' }])
+  const found = cellFacts(columns, book, null, [METRIC], String, 'single.0', 0)
+  expect(found?.path).toBe('taylor ran')
+  expect(found?.notes).toEqual(["predicted NMSE up to 0.00400, 32 % of the layer's budget"])
+  expect(found?.reasons[0]?.prose).toBe('Chosen: router_cheapest')
+  expect(found?.reasons[0]?.detail).toBe('tiled up to 0.004 (chosen)')
+})

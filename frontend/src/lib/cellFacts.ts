@@ -2,7 +2,7 @@ import type { MetricInfo } from './api/schema'
 import { CELL_TITLES, Cell, cellKind } from './cells'
 import type { RunColumns } from './columns'
 import { isCoded, metricText } from './metrics'
-import { formatNumber } from './numbers'
+import { formatNumber, formatShare } from './numbers'
 import type { ReasonBook } from './reasons'
 
 export interface CellFacts {
@@ -12,9 +12,18 @@ export interface CellFacts {
   metric: string
   value: string
   path: string
-  /** What coded metrics say of the cell in words, but for the one that is shown. */
+  /** What a router promised and what coded metrics say, in words; not the metric that is shown. */
   notes: string[]
   reasons: { name: string; prose: string; detail: string }[]
+}
+
+const REASON_VERBS = { gate: 'Gated', fallback: 'Fell back', choice: 'Chosen' } as const
+
+/** What a router promised of the cell, in words; nothing where none did. */
+function promise(predicted: number | null, share: number | null): string[] {
+  if (predicted === null) return []
+  const part = share === null ? '' : `, ${formatShare(share)} of the layer's budget`
+  return [`predicted NMSE up to ${formatNumber(predicted)}${part}`]
 }
 
 /** All there is to say of one cell of the map; null where the step has not closed. */
@@ -43,10 +52,16 @@ export function cellFacts(
     metric: metric?.title ?? '',
     value: metric ? metricText(metric, valueOf(metric)) : '',
     path: kind === Cell.Ran ? `${path} ran` : CELL_TITLES[kind],
-    notes: coded.map((item) => `${item.title} ${metricText(item, valueOf(item))}`),
+    notes: [
+      ...promise(
+        columns.value('predicted_nmse', layer, index),
+        columns.value('budget_share', layer, index),
+      ),
+      ...coded.map((item) => `${item.title} ${metricText(item, valueOf(item))}`),
+    ],
     reasons: rows.map((row) => ({
       name: row.reason,
-      prose: `${row.kind === 'gate' ? 'Gated' : 'Fell back'}${row.count > 1 ? ` ×${row.count}` : ''}: ${prose(row.reason)}`,
+      prose: `${REASON_VERBS[row.kind]}${row.count > 1 ? ` ×${row.count}` : ''}: ${prose(row.reason)}`,
       detail: row.detail,
     })),
   }

@@ -1,12 +1,14 @@
 import type { ReasonRow } from './api/schema'
 
+export type ReasonKind = ReasonRow['kind']
+
 export interface ReasonTotal {
-  kind: 'gate' | 'fallback'
+  kind: ReasonKind
   reason: string
   count: number
 }
 
-/** Why calls ran exactly, by step and layer. */
+/** Why calls ran exactly, or as which of several variants, by step and layer. */
 export class ReasonBook {
   private readonly rows = new Map<number, Map<string, ReasonRow[]>>()
   private readonly sums = new Map<string, ReasonTotal>()
@@ -43,7 +45,7 @@ export class ReasonBook {
     return this.rows.get(step)
   }
 
-  totals(kind: 'gate' | 'fallback'): ReasonTotal[] {
+  totals(kind: ReasonKind): ReasonTotal[] {
     return [...this.sums.values()]
       .filter((total) => total.kind === kind && total.count > 0)
       .sort((a, b) => b.count - a.count)

@@ -1495,7 +1495,8 @@ export interface components {
         };
         /**
          * ReasonCount
-         * @description How often a gate or a fallback sent a layer's calls to exact attention in one step.
+         * @description How often a gate or a fallback sent a layer's calls to exact attention in one step, or a
+         *     choice gave them to a variant.
          */
         ReasonCount: {
             /**
@@ -1508,7 +1509,7 @@ export interface components {
              * Kind
              * @enum {string}
              */
-            kind: "gate" | "fallback";
+            kind: "gate" | "fallback" | "choice";
             /** Reason */
             reason: string;
             /** Count */
@@ -1530,7 +1531,7 @@ export interface components {
              * Kind
              * @enum {string}
              */
-            kind: "gate" | "fallback";
+            kind: "gate" | "fallback" | "choice";
             /** Reason */
             reason: string;
             /** Count */

@@ -1,0 +1,1 @@
+"""The error-budget router: measured errors, predictions, and a plan for each step."""
