@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .base import Group, Measured, reserve_factor_setting, reserve_setting, setting
+from .base import Group, Measured, setting
+from .shared import reserve_factor_setting, reserve_setting
 
 
 class TtrSettings(Measured):
