@@ -244,7 +244,7 @@ class _Heads:
 
     def _batches(self, run: near.Run) -> list[near.Batch]:
         if self._slides:
-            return list(near.sliding(self._key, self._value, run, self._radius))
+            return list(near.sliding(self._key, self._value, run, self._radius, self._space))
         return [near.gathered(self._key, self._value, self._numbers(run).unsqueeze(0))]
 
     def log_mass(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
