@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from attnscope import wire
 from attnscope.attention.metrics import METRIC_NAMES
-from attnscope.attention.reasons import Fallback, Gate
+from attnscope.attention.reasons import Choice, Fallback, Gate
 from attnscope.attention.settings import SETTINGS
 from attnscope.backend import api_document, catalogue, schemas
 from attnscope.backend.app import create_app
@@ -53,7 +53,9 @@ def test_metrics_and_reasons_are_described(api: Any) -> None:
     names = {metric["name"]: metric["names"] for metric in answer["metrics"]}
     assert names["nmse"] == {}
     assert names["sums_path"]["2"] == "torch (no CUDA device)"
-    assert set(answer["reasons"]) == {reason.value for kind in (Gate, Fallback) for reason in kind}
+    assert set(answer["reasons"]) == {
+        reason.value for kind in (Gate, Fallback, Choice) for reason in kind
+    }
 
 
 def document() -> dict[str, Any]:
