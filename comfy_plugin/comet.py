@@ -22,7 +22,7 @@ log = logging.getLogger("attnscope")
 MOST_WAITING = 50_000
 """Updates and events that wait for the thread; what comes on top is left out and counted."""
 
-_OURS_ALONE = {
+_OURS_ALONE: dict[str, Any] = {
     name: False
     for name in (
         "auto_metric_logging", "auto_param_logging", "auto_output_logging", "log_code",
@@ -48,6 +48,7 @@ def open_experiment(project: str, model: str) -> Any:
     import comet_ml
 
     offline = os.environ.get("COMET_OFFLINE_DIRECTORY", "").strip()
+    experiment: Any
     if offline:
         experiment = comet_ml.OfflineExperiment(
             project_name=project, offline_directory=offline, display_summary_level=0, **_OURS_ALONE
