@@ -19,6 +19,7 @@ SIDE = 64
 TILED = {"min_tokens": 0, "dense_first_steps": 0}
 ROUTER: dict[str, Any] = {
     "min_runs": 2, "budget_layer": 0.05, "budget_step": 10.0, "cost": "flops", "table": "t",
+    "quality_every": 1,
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and splits of a large GPU, kernels that do nothing."""
     names = ("build_kernel", "reduce_kernel", "read_kernel")
     chunked = ("build_chunk_kernel", "read_chunk_kernel")
-    preparing = ("lay_kernel", "moment_kernel", "factors_kernel")
+    preparing = ("lay_kernel", "moment_kernel", "moment_sum_kernel", "factors_kernel")
     module = SimpleNamespace(
         tl=SimpleNamespace(float32=0, bfloat16=1),
         **{name: NoKernel() for name in (*names, *chunked, *preparing)},
