@@ -15,7 +15,14 @@ program says so and ends.
 from __future__ import annotations
 
 import argparse
+import gc
+import signal
 import statistics
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from gpu_tiled import backend, best_backend, milliseconds, nmse, say, sdpa
@@ -40,6 +47,8 @@ SCALE = HEAD_DIM**-0.5
 NMSE_BOUND = 1e-4
 """Of bf16 serving to float64 of the same student: rounded inputs, weights and output."""
 
+TOO_LARGE = "TOO LARGE"
+
 SETTINGS = TtrSettings()
 
 
@@ -56,7 +65,7 @@ def tensors(layout: TokenLayout, heads: int, dtype: torch.dtype) -> tuple[torch.
     return torch.randn(shape, generator=generator, device="cuda", dtype=dtype).unbind(0)
 
 
-def check(kind: str) -> None:
+def check(kind: str) -> list[str]:
     """Serving in bf16 against prediction in float64, of the same student and tensors."""
     layout = TokenLayout(77, ((64, 53), (40, 40)))
     query, key, value = tensors(layout, 2, torch.bfloat16)
@@ -69,13 +78,15 @@ def check(kind: str) -> None:
         made = student.double().predict(wide, 512)
     error = nmse(out.out, made.out)
     bound = NMSE_BOUND if kind != "scan" else 10 * NMSE_BOUND
-    say(f"{kind}: bf16 against float64, NMSE {error:.2g}", "" if error < bound else "TOO LARGE")
+    verdict = "right" if error < bound else TOO_LARGE
+    told = [f"{kind}: bf16 against float64, NMSE {error:.2g}, {verdict}"]
     if out.log_mass is not None and made.log_mass is not None:
         off = (out.log_mass - made.log_mass[:, :, ::9]).abs().max()
-        say(f"{kind}: log mass off by {float(off):.2g} at most")
+        told.append(f"{kind}: log mass off by {float(off):.2g} at most")
+    return told
 
 
-def speed(side: int, kind: str) -> None:
+def speed(side: int, kind: str) -> list[str]:
     """Serving against exact attention."""
     layout = TokenLayout(TEXT, ((side, side),))
     query, key, value = tensors(layout, HEADS, torch.bfloat16)
@@ -96,16 +107,29 @@ def speed(side: int, kind: str) -> None:
             exact_ms.append(milliseconds(lambda: sdpa(query, key, value)))
         mine.append(milliseconds(served))
         ratios.append(exact_ms[-1] / mine[-1])
-    say(
+    told = [
         f"{kind}, {layout.tokens} tokens: exact ({name}) {statistics.median(exact_ms):.3f} ms, "
         f"student {statistics.median(mine):.3f} ms, ratio {statistics.median(ratios):.3f}; held "
         f"{held / 2**20:.0f} MB, estimated {estimate / 2**20:.0f} MB"
-    )
+    ]
     if kind == "residual":
-        say(f"RESULT ttr_speedup_{layout.tokens} {statistics.median(ratios):.3f}")
+        told.append(f"RESULT ttr_speedup_{layout.tokens} {statistics.median(ratios):.3f}")
+        told += kernel_times(served)
+    return told
 
 
-def updates(side: int, kind: str) -> None:
+def kernel_times(call: Callable[[], object], most: int = 12) -> list[str]:
+    """The kernels of a call that take longest, in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    rows = sorted(trace.key_averages(), key=lambda row: -row.device_time_total)[:most]
+    return [f"  {row.device_time_total:9.1f} us {row.count:4d} x {row.key[:90]}" for row in rows]
+
+
+def updates(side: int, kind: str) -> list[str]:
     """Updates of a layer's student."""
     layout = TokenLayout(TEXT, ((side, side),))
     query, key, value = tensors(layout, HEADS, torch.bfloat16)
@@ -135,33 +159,81 @@ def updates(side: int, kind: str) -> None:
         tuple(query.shape), SETTINGS.batch_queries, SETTINGS.training_chunk
     )
     ms = milliseconds(update)
-    say(
+    told = [
         f"{kind}, {layout.tokens} tokens: an update takes {ms:.2f} ms; held "
         f"{held / 2**20:.0f} MB, float32 copies of key and value included, estimated "
         f"{estimate / 2**20:.0f} MB without them"
-    )
+    ]
     if kind == "residual":
-        say(f"RESULT ttr_updates_per_second_{layout.tokens} {1e3 / ms:.1f}")
+        told.append(f"RESULT ttr_updates_per_second_{layout.tokens} {1e3 / ms:.1f}")
+    return told
 
 
-def main() -> None:
+class Report:
+    """What is said, on the terminal and in a file, each line at once."""
+
+    def __init__(self, out: Path | None, seconds: float) -> None:
+        self._out, self._end = out, time.monotonic() + seconds
+        self.failed = False
+        if out:
+            out.write_text("", encoding="utf-8")
+
+    def part(self, name: str, work: Callable[[], list[str]]) -> None:
+        """One part: what it tells, or why it failed; cut off where the time is over."""
+        left = self._end - time.monotonic()
+        if left < 5:
+            self.failed = True
+            self._tell([f"{name}: left out for time"])
+            return
+        before = time.monotonic()
+
+        def cut_off(*_: object) -> None:
+            raise TimeoutError(f"cut off after {left:.0f} s")
+
+        signal.signal(signal.SIGALRM, cut_off)
+        signal.setitimer(signal.ITIMER_REAL, left)
+        try:
+            lines = work()
+        except Exception:
+            # What is left runs all the same: time on a GPU is short.
+            self.failed = True
+            lines = [f"{name}: FAILED", traceback.format_exc()]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._tell([*lines, f"{name}: {time.monotonic() - before:.1f} s"])
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _tell(self, lines: list[str]) -> None:
+        self.failed |= any(line.endswith(TOO_LARGE) for line in lines)
+        for line in lines:
+            say(line)
+        if self._out:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kinds", default="residual,kernel,scan", help="students, by commas")
+    parser.add_argument("--out", type=Path, help="text file to write, part by part")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time limit")
     options = parser.parse_args()
     missing = unavailable("cuda") if torch.cuda.is_available() else "there is no NVIDIA GPU"
     if missing:
         say(missing)
-        return
+        return 0
+    report = Report(options.out, options.seconds)
     kinds = options.kinds.split(",")
     for kind in kinds:
-        check(kind)
-    for side in SIDES:
-        for kind in kinds:
-            # The founding form's sums take minutes where the others take milliseconds.
-            if kind != "scan" or side == SIDES[0]:
-                speed(side, kind)
-                updates(side, kind)
+        # The founding form's sums take minutes where the others take milliseconds.
+        sides = SIDES[:1] if kind == "scan" else SIDES
+        report.part(f"{kind} check", partial(check, kind))
+        for side in sides:
+            report.part(f"{kind} speed {side}", partial(speed, side, kind))
+            report.part(f"{kind} updates {side}", partial(updates, side, kind))
+    return 1 if report.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
